@@ -1,0 +1,34 @@
+"""What a model is; knows nothing of files, logging and processes.
+
+`ARCHITECTURES` maps an architecture's name to the module that holds its config class. Importing
+this package imports no torch: configurations validate in milliseconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from models.config import LossConfig, ModelDims, ReasoningConfig
+from models.trm import TRMConfig
+
+ARCHITECTURES: dict[str, type[ReasoningConfig]] = {
+    "trm": TRMConfig,
+}
+
+_LAZY = {
+    "ACT": "models.act",
+    "Carry": "models.act",
+    "IGNORE_LABEL": "models.act",
+    "ReasoningModel": "models.reasoning",
+    "act_loss": "models.loss",
+    "counter_uniform": "models.random",
+}
+
+__all__ = ["ARCHITECTURES", "LossConfig", "ModelDims", "ReasoningConfig", "TRMConfig", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'models' has no attribute {name!r}")

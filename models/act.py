@@ -1,0 +1,109 @@
+"""Adaptive computation time: every row of a batch thinks until it halts, then takes new data.
+
+The carry persists from one optimizer step to the next; one call is one ACT step of every row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.reasoning import ReasoningModel, State
+
+IGNORE_LABEL = -100
+Batch = dict[str, Tensor]  # inputs (B, L), labels (B, L), puzzle_ids (B,)
+
+
+@dataclass
+class Carry:
+    """Where every row stands: its latent state, its ACT steps, and the puzzle it works on."""
+
+    state: State  # name → (B, prefix + L, D)
+    steps: Tensor  # (B,) int32, ACT steps taken on the current puzzle
+    halted: Tensor  # (B,) bool, takes new data at the next step
+    batch: Batch
+
+
+@dataclass
+class ACTOutput:
+    """What the loss needs of one ACT step."""
+
+    logits: Tensor  # (B, L, vocab)
+    q_halt: Tensor  # (B,)
+    q_continue: Tensor  # (B,)
+    target_q_continue: Tensor | None = None  # (B,) in [0, 1]; only where q_continue is learned
+
+
+def _rows(mask_B: Tensor, like: Tensor) -> Tensor:
+    return mask_B.view(-1, *([1] * (like.ndim - 1)))
+
+
+class ACT(nn.Module):
+    """Halting around a `ReasoningModel` (HRM paper, section 2.3; TRM drops q_continue)."""
+
+    def __init__(self, model: ReasoningModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def initial_carry(self, batch: Batch) -> Carry:
+        """A carry in which every row has halted, so that the first step takes `batch` whole."""
+        rows, device = batch["inputs"].shape[0], batch["inputs"].device
+        return Carry(
+            state={k: v.clone() for k, v in self.model.init_state(rows).items()},
+            steps=torch.zeros(rows, dtype=torch.int32, device=device),
+            halted=torch.ones(rows, dtype=torch.bool, device=device),
+            batch={k: v.clone() for k, v in batch.items()},
+        )
+
+    @torch.no_grad()
+    def refill(self, carry: Carry, batch: Batch) -> Carry:
+        """Halted rows start anew on their row of `batch`; the others keep theirs."""
+        halted = carry.halted
+        fresh = self.model.init_state(halted.shape[0])
+        return Carry(
+            state={k: torch.where(_rows(halted, v), fresh[k], v) for k, v in carry.state.items()},
+            steps=torch.where(halted, 0, carry.steps),
+            halted=torch.zeros_like(halted),
+            batch={k: torch.where(_rows(halted, v), batch[k], v) for k, v in carry.batch.items()},
+        )
+
+    def forward(
+        self, carry: Carry, puzzle_rows: Tensor | None = None, draws: Tensor | None = None
+    ) -> tuple[Carry, ACTOutput]:
+        """One ACT step of a refilled carry.
+
+        `puzzle_rows` (B, puzzle_emb_ndim) stands in for the puzzle table, to collect its gradient.
+        `draws` (2, B), uniform in [0, 1), are the random numbers of exploration while training.
+        In evaluation every row runs all `halt_max_steps`.
+        """
+        config = self.model.config
+        batch = carry.batch if puzzle_rows is None else {**carry.batch, "puzzle_rows": puzzle_rows}
+        state, logits, q_logits = self.model(carry.state, batch)
+        output = ACTOutput(logits, q_logits[:, 0], q_logits[:, 1])
+        with torch.no_grad():
+            steps = carry.steps + 1
+            last = steps >= config.halt_max_steps
+            halted = last
+            if self.training and config.halt_max_steps > 1:
+                threshold = 0 if config.no_act_continue else output.q_continue
+                halted = last | (output.q_halt > threshold)
+                if draws is not None:
+                    halted = halted & (steps >= self._minimum_steps(draws))
+                if not config.no_act_continue:
+                    output.target_q_continue = self._bootstrap(state, batch, last)
+        return Carry(state, steps, halted, carry.batch), output
+
+    def _minimum_steps(self, draws: Tensor) -> Tensor:
+        """With the exploration probability a minimum from U{2..max}, else none: (B,) int32."""
+        config = self.model.config
+        span = config.halt_max_steps - 1
+        minimum = 2 + (draws[1] * span).to(torch.int32).clamp(max=span - 1)
+        return torch.where(draws[0] < config.halt_exploration_prob, minimum, 0)
+
+    def _bootstrap(self, state: State, batch: Batch, last: Tensor) -> Tensor:
+        """Target of q_continue: the value of the best action at the next step (no target net)."""
+        next_q = self.model(state, batch).q_logits
+        best = torch.where(last, next_q[:, 0], next_q.amax(dim=1))
+        return torch.sigmoid(best)

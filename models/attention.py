@@ -1,0 +1,33 @@
+"""Multi-head self-attention with rotary positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.config import ReasoningConfig
+from models.layers import Linear, RotaryTable
+
+
+class Attention(nn.Module):
+    """softmax(q kᵀ / sqrt(head_dim)) v over all tokens (or the earlier ones, if causal)."""
+
+    def __init__(self, config: ReasoningConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.causal = config.causal
+        width = config.hidden_size
+        self.qkv = Linear(width, 3 * width, generator=generator)
+        self.out = Linear(width, width, generator=generator)
+
+    def forward(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        qkv = rearrange(self.qkv(x_BLD), "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
+        q, k, v = qkv.unbind(0)
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        q, k, v = (rearrange(t, "b l h d -> b h l d") for t in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(rearrange(mixed, "b h l d -> b l (h d)"))

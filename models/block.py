@@ -1,0 +1,69 @@
+"""The post-norm block (token mixer, then MLP) and a stack of blocks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import Attention
+from models.config import ModelDims, ReasoningConfig
+from models.layers import RotaryTable, SwiGLU, rms_norm
+
+Mixer = Literal["attention", "mlp"]
+
+
+class Block(nn.Module):
+    """`x = norm(x + mix(x)); x = norm(x + mlp(x))`."""
+
+    def __init__(
+        self,
+        config: ReasoningConfig,
+        length: int,
+        mixer: Mixer,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.attention = Attention(config, generator) if mixer == "attention" else None
+        self.token_mlp = SwiGLU(length, config.expansion, generator) if mixer == "mlp" else None
+        self.mlp = SwiGLU(config.hidden_size, config.expansion, generator)
+
+    def forward(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        if self.attention is not None:
+            x_BLD = rms_norm(x_BLD + self.attention(x_BLD, rope), self.eps)
+        else:  # the token mixer works, and normalizes, along the tokens of each feature
+            x_BDL = x_BLD.transpose(1, 2)
+            x_BLD = rms_norm(x_BDL + self.token_mlp(x_BDL), self.eps).transpose(1, 2)
+        return rms_norm(x_BLD + self.mlp(x_BLD), self.eps)
+
+
+class BlockStack(nn.Module):
+    """One level of the recursion: `num_layers` blocks on the sum of a state and an injection."""
+
+    def __init__(
+        self,
+        config: ReasoningConfig,
+        dims: ModelDims,
+        num_layers: int,
+        mixer: Mixer,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        length = config.prefix_len + dims.seq_len
+        self.rope = None
+        if mixer == "attention" and config.pos_encodings == "rope":
+            head_dim = config.hidden_size // config.num_heads
+            self.rope = RotaryTable(head_dim, length, config.rope_theta)
+        self.blocks = nn.ModuleList(
+            Block(config, length, mixer, generator) for _ in range(num_layers)
+        )
+
+    def forward(self, state_BLD: Tensor, injection_BLD: Tensor) -> Tensor:
+        """(B, L, D), (B, L, D) → (B, L, D)."""
+        x_BLD = state_BLD + injection_BLD
+        for block in self.blocks:
+            x_BLD = block(x_BLD, self.rope)
+        return x_BLD

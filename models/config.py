@@ -1,0 +1,116 @@
+"""Typed configuration that every architecture shares. Free of torch, so that it validates fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.reasoning import ReasoningModel
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """What the dataset decides about a model's shape."""
+
+    seq_len: int  # tokens of one puzzle, without the prefix
+    vocab_size: int
+    num_puzzle_ids: int
+
+
+class LossConfig(BaseModel):
+    """The training objective: token loss + halting losses, each with its weight."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["stablemax", "softmax"] = Field(
+        "stablemax", description="map from logits to probabilities"
+    )
+    token_weight: float = Field(1.0, ge=0, description="weight of the token loss")
+    halt_weight: float = Field(0.5, ge=0, description="weight of the halting loss")
+    continue_weight: float = Field(0.5, ge=0, description="weight of the q_continue loss")
+
+
+class ReasoningConfig(BaseModel):
+    """Fields common to all architectures; an architecture adds its recursion and its layers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Fields that may change when a run is resumed: they alter no tensor of the training state.
+    tunable: ClassVar[frozenset[str]] = frozenset(
+        {
+            "halt_max_steps",
+            "halt_exploration_prob",
+            "rms_norm_eps",
+            "rope_theta",
+            "loss",
+            "H_cycles",
+            "L_cycles",
+        }
+    )
+
+    name: str
+    hidden_size: int = Field(512, ge=1, description="width of a token's state")
+    num_heads: int = Field(8, ge=1, description="attention heads; must divide hidden_size")
+    expansion: float = Field(4.0, gt=0, le=64, description="SwiGLU width over hidden_size, × 2/3")
+    pos_encodings: Literal["rope", "learned", "none"] = Field(
+        "rope", description="position encoding"
+    )
+    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square before the root")
+    causal: bool = Field(False, description="attention sees earlier positions only")
+    puzzle_emb_ndim: int = Field(512, ge=0, description="numbers per puzzle embedding; 0: none")
+    puzzle_emb_len: int | Literal["auto"] = Field(
+        16, description="prefix tokens they fill; 0: none; auto: just enough"
+    )
+    halt_max_steps: int = Field(16, ge=1, description="ACT steps at most")
+    halt_exploration_prob: float = Field(
+        0.1, ge=0, le=1, description="chance of a drawn minimum of ACT steps"
+    )
+    no_act_continue: bool = Field(True, description="halt by q_halt alone, without q_continue")
+    forward_dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto", description="activations; auto: bfloat16 on CUDA, else float32"
+    )
+    loss: LossConfig = LossConfig()
+
+    @model_validator(mode="after")
+    def _check_prefix(self) -> ReasoningConfig:
+        if self.puzzle_emb_len != "auto":
+            if self.puzzle_emb_len < 0:
+                raise ValueError("puzzle_emb_len must be 0 or more, or auto")
+            if 0 < self.puzzle_emb_len * self.hidden_size < self.puzzle_emb_ndim:
+                raise ValueError(
+                    f"puzzle_emb_ndim={self.puzzle_emb_ndim} does not fit into "
+                    f"puzzle_emb_len × hidden_size = {self.puzzle_emb_len * self.hidden_size} "
+                    "numbers; use puzzle_emb_len=auto"
+                )
+        return self
+
+    def check_heads(self) -> None:
+        """Raise ValueError unless the heads fit the hidden size (attention only)."""
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}"
+            )
+        if self.pos_encodings == "rope" and (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(
+                f"pos_encodings=rope needs an even head size, but hidden_size / num_heads = "
+                f"{self.hidden_size // self.num_heads}"
+            )
+
+    @property
+    def prefix_len(self) -> int:
+        """Number of tokens that the puzzle embedding puts before the puzzle."""
+        if self.puzzle_emb_len == "auto":
+            return -(-self.puzzle_emb_ndim // self.hidden_size)
+        return self.puzzle_emb_len if self.puzzle_emb_ndim else 0
+
+    def build(
+        self, dims: ModelDims, *, dtype: torch.dtype, generator: torch.Generator
+    ) -> ReasoningModel:
+        """Compose the model on the CPU, initialized from `generator`."""
+        raise NotImplementedError

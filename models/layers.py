@@ -1,0 +1,108 @@
+"""The layers without state of their own: linear maps that cast, RMSNorm, RoPE, SwiGLU.
+
+Weights are kept in float32 (or float64) and cast to the activations' dtype where they are used.
+Shape suffixes: B batch, L tokens, H heads, D features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Standard deviation of a unit normal truncated at ±2; dividing by it restores the asked-for one.
+_TRUNCATED_STD = 0.87962566103423978
+
+
+def truncated_normal(
+    shape: tuple[int, ...], std: float, generator: torch.Generator | None
+) -> Tensor:
+    """Normal samples of standard deviation `std`, truncated at ±2 sigma of the untruncated one."""
+    tensor = torch.empty(shape)
+    if std == 0 or tensor.numel() == 0:
+        return tensor.zero_()
+    sigma = std / _TRUNCATED_STD
+    return nn.init.trunc_normal_(tensor, std=sigma, a=-2 * sigma, b=2 * sigma, generator=generator)
+
+
+class Linear(nn.Module):
+    """`y = x Wᵀ (+ b)` in the dtype of x; truncated LeCun-normal weight, zero bias."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        std = 1.0 / math.sqrt(in_features)
+        self.weight = nn.Parameter(truncated_normal((out_features, in_features), std, generator))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) → (..., out_features)."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype norms and losses are computed in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x², last dimension) + eps), without a gain (Zhang & Sennrich 2019)."""
+    wide = x.to(norm_dtype(x.dtype))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """`W_down(silu(W_gate x) ⊙ W_up x)` (Shazeer 2020, arXiv:2002.05202).
+
+    The inner width is `expansion · 2/3 · features`, rounded up to a multiple of 256.
+    """
+
+    def __init__(
+        self, features: int, expansion: float, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        inner = -(-round(expansion * features * 2 / 3) // 256) * 256
+        inner = max(inner, 256)
+        self.gate_up = Linear(features, 2 * inner, generator=generator)
+        self.down = Linear(inner, features, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., features) → (..., features)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class RotaryTable(nn.Module):
+    """Cosines and sines of the rotary position encoding (Su et al. 2021, arXiv:2104.09864).
+
+    Computed in float32, whatever the model's dtype, and never saved.
+    """
+
+    cos: Tensor  # (L, head_dim)
+    sin: Tensor  # (L, head_dim)
+
+    def __init__(self, head_dim: int, length: int, theta: float) -> None:
+        super().__init__()
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+        angles = torch.cat((angles, angles), dim=-1)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x_BLHD: Tensor) -> Tensor:
+        """Rotate each head's pairs (i, i + head_dim/2) by the angle of their position."""
+        dtype = torch.promote_types(x_BLHD.dtype, self.cos.dtype)
+        x = x_BLHD.to(dtype)
+        low, high = x.chunk(2, dim=-1)
+        turned = torch.cat((-high, low), dim=-1)
+        cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
+        return (x * cos + turned * sin).to(x_BLHD.dtype)

@@ -1,0 +1,72 @@
+"""Losses and metric sums of one ACT step."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.act import IGNORE_LABEL, ACTOutput, Carry
+from models.config import LossConfig
+from models.layers import norm_dtype
+
+
+def log_stablemax(logits: Tensor) -> Tensor:
+    """log(s(x) / Σ s(x)) over the last dimension, s(x) = x + 1 for x ≥ 0, else 1 / (1 - x).
+
+    Source: Prieto et al. 2025, "Grokking at the Edge of Numerical Stability", arXiv:2501.04697.
+    log s(x) = sign(x) log1p(|x|), so this is a log-softmax of that, accurate in float32 already.
+    """
+    below, above = logits.clamp(max=0), logits.clamp(min=0)
+    return F.log_softmax(torch.where(logits < 0, -torch.log1p(-below), torch.log1p(above)), -1)
+
+
+def token_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
+    """Cross-entropy per token (B, L), 0 where the label is ignored; float32 at least."""
+    wide = logits.to(norm_dtype(logits.dtype))
+    log_p = log_stablemax(wide) if kind == "stablemax" else F.log_softmax(wide, dim=-1)
+    valid = labels != IGNORE_LABEL
+    index = torch.where(valid, labels, 0).long().unsqueeze(-1)
+    return torch.where(valid, -log_p.gather(-1, index).squeeze(-1), 0)
+
+
+def act_loss(
+    carry: Carry, output: ACTOutput, config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss summed over rows, and metric sums over the rows that halted.
+
+    Loss of a row: token loss averaged over its labelled tokens + weighted halting losses. Rows
+    without a label (padding) count in no metric and no loss. All values stay on the device.
+    Keys: count, accuracy, exact_accuracy, q_halt_accuracy, steps (sums over halted rows), lm_loss,
+    q_halt_loss and, where learned, q_continue_loss (sums over all rows).
+    """
+    labels = carry.batch["labels"]
+    with torch.no_grad():
+        valid = labels != IGNORE_LABEL
+        tokens = valid.sum(-1)
+        labelled = tokens > 0
+        divisor = tokens.clamp(min=1)
+        correct = (valid & (output.logits.argmax(-1) == labels)).sum(-1)
+        exact = correct == tokens
+        counted = carry.halted & labelled
+        metrics = {
+            "count": counted.sum(),
+            "accuracy": torch.where(counted, correct.float() / divisor, 0).sum(),
+            "exact_accuracy": (counted & exact).sum(),
+            "q_halt_accuracy": (counted & ((output.q_halt >= 0) == exact)).sum(),
+            "steps": torch.where(counted, carry.steps, 0).sum(),
+        }
+
+    def halting_loss(logit: Tensor, target: Tensor) -> Tensor:
+        loss = F.binary_cross_entropy_with_logits(logit, target.to(logit.dtype), reduction="none")
+        return torch.where(labelled, loss, 0).sum()
+
+    lm_loss = (token_loss(output.logits, labels, config.kind) / divisor.unsqueeze(-1)).sum()
+    q_halt_loss = halting_loss(output.q_halt, exact)
+    loss = config.token_weight * lm_loss + config.halt_weight * q_halt_loss
+    metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}
+    if output.target_q_continue is not None:
+        q_continue_loss = halting_loss(output.q_continue, output.target_q_continue)
+        loss = loss + config.continue_weight * q_continue_loss
+        metrics["q_continue_loss"] = q_continue_loss.detach()
+    return loss, metrics

@@ -1,0 +1,75 @@
+"""The recursive-reasoning model: embed, recurse by a schedule, read out answer and halting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ModelDims, ReasoningConfig
+from models.embedding import InputEmbedding
+from models.layers import Linear, truncated_normal
+from models.recursion import Schedule, run
+
+State = dict[str, Tensor]  # latent name → (B, prefix + L, D)
+
+
+class StepOutput(NamedTuple):
+    """What one ACT step gives."""
+
+    state: State  # detached
+    logits: Tensor  # (B, L, vocab)
+    q_logits: Tensor  # (B, 2) float32 at least: halt, continue
+
+
+class ReasoningModel(nn.Module):
+    """All architectures are this class, composed of different levels, states and schedules."""
+
+    def __init__(
+        self,
+        config: ReasoningConfig,
+        dims: ModelDims,
+        *,
+        levels: Mapping[str, nn.Module],
+        schedule: Schedule,
+        states: tuple[str, ...],
+        answer: str,
+        dtype: torch.dtype,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.dims, self.schedule = config, dims, schedule
+        self.answer, self.state_names = answer, states
+        self.embedding = InputEmbedding(config, dims, dtype, generator)
+        self.levels = nn.ModuleDict(levels)
+        for name in states:  # buffers: neither trained nor averaged
+            init = truncated_normal((config.hidden_size,), 1.0, generator)
+            self.register_buffer(f"{name}_init", init.to(dtype))
+        self.lm_head = Linear(config.hidden_size, dims.vocab_size, generator=generator)
+        self.q_head = Linear(config.hidden_size, 2, bias=True, generator=generator)
+        with torch.no_grad():  # halting starts improbable and independent of the state
+            self.q_head.weight.zero_()
+            self.q_head.bias.fill_(-5.0)
+
+    def init_state(self, batch_size: int) -> State:
+        """The latent states before the first ACT step, each (B, prefix + L, D), as views."""
+        length = self.config.prefix_len + self.dims.seq_len
+        return {
+            name: getattr(self, f"{name}_init").expand(batch_size, length, -1)
+            for name in self.state_names
+        }
+
+    def puzzle_rows(self, puzzle_ids: Tensor) -> Tensor | None:
+        """Rows (B, puzzle_emb_ndim) of the puzzle table for `puzzle_ids` (B,), or None."""
+        return self.embedding.puzzle_rows(puzzle_ids)
+
+    def forward(self, state: State, batch: Mapping[str, Tensor]) -> StepOutput:
+        """One ACT step. `batch` holds inputs (B, L), puzzle_ids (B,) and maybe puzzle_rows."""
+        state = run(self.schedule, state, self.embedding(batch), self.levels)
+        answer = state[self.answer]
+        logits = self.lm_head(answer[:, self.config.prefix_len :])
+        q_logits = self.q_head(answer[:, 0])  # the first position also decides on halting
+        q_logits = q_logits.to(torch.float32)
+        return StepOutput({k: v.detach() for k, v in state.items()}, logits, q_logits)
