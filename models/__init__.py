@@ -22,6 +22,7 @@ _LAZY = {
     "IGNORE_LABEL": "models.act",
     "ReasoningModel": "models.reasoning",
     "act_loss": "models.loss",
+    "build_model": "models.build",
     "counter_uniform": "models.random",
 }
 

@@ -1,0 +1,30 @@
+"""From a configuration and a dataset's dimensions to a model on a device."""
+
+from __future__ import annotations
+
+import torch
+
+from models.config import ModelDims, ReasoningConfig
+from models.reasoning import ReasoningModel
+
+
+def forward_dtype(config: ReasoningConfig, device: torch.device) -> torch.dtype:
+    """`auto` means bfloat16 on CUDA and float32 elsewhere."""
+    if config.forward_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.forward_dtype)
+
+
+def build_model(
+    config: ReasoningConfig, dims: ModelDims, *, seed: int, device: torch.device
+) -> ReasoningModel:
+    """Initialize on the CPU from `seed` (the same weights on every device), then move.
+
+    Parameters are float32, or float64 where the forward pass is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = forward_dtype(config, device)
+    model = config.build(dims, dtype=dtype, generator=generator)
+    if dtype == torch.float64:
+        model = model.double()
+    return model.to(device)
