@@ -1,0 +1,141 @@
+"""AdamATan2: Adam whose division is an atan2, so that it needs no epsilon.
+
+Everett et al. 2024, "Scaling Exponents Across Parameterizations and Optimizers" (section 4.3), in
+the form of the CUDA original `adam-atan2`, which HRM and TRM were trained with.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from optim.base import DeviceOptimizer, Params, work_dtype
+from optim.base import bias_correction as _correction
+
+BiasCorrection = Literal["outside", "inside"]
+
+
+def adam_atan2_update(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float | Tensor,
+    *,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.1,
+    a: float = 1.0,
+    b: float = 1.0,
+    bias_correction: BiasCorrection = "outside",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rule, as a pure function of one parameter.
+
+        p = p * (1 - lr * weight_decay)
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g²
+        outside:  p = p - a * lr / (1 - beta1^t) * atan2(m, b * sqrt(v) / sqrt(1 - beta2^t))
+        inside:   p = p - a * lr * atan2(m / (1 - beta1^t), b * sqrt(v / (1 - beta2^t)))
+
+    "outside" is the CUDA original; "inside" with a=1.27 is the package adam-atan2-pytorch. An
+    update is at most a * lr * π/2 large ("outside": over 1 - beta1^t); atan2(0, 0) is 0.
+
+    Args:
+        param: any shape and floating dtype; the arithmetic is in float64 for float64, else float32.
+        grad: of that shape.
+        exp_avg: m, of that shape, in the dtype of the arithmetic.
+        exp_avg_sq: v, likewise.
+        step: 0-dim float32, t, this update included (1 at the first).
+        lr: a number or a 0-dim tensor.
+        betas: decay rates of m and v, in [0, 1).
+        weight_decay: decoupled.
+        a: scale of the update.
+        b: scale of the second moment.
+        bias_correction: "outside" or "inside", see above.
+
+    Returns:
+        New (param, m, v): param in its dtype, the moments in theirs.
+    """
+    beta1, beta2 = betas
+    p, g = param.to(work_dtype(param.dtype)), grad.to(work_dtype(param.dtype))
+    m = torch.lerp(exp_avg, g, 1.0 - beta1)
+    v = torch.addcmul(exp_avg_sq * beta2, g, g, value=1.0 - beta2)
+    c1, c2 = _correction(step, beta1), _correction(step, beta2)
+    if bias_correction == "outside":
+        size, direction = a * lr / c1, torch.atan2(m, v.sqrt() * (b / c2.sqrt()))
+    else:
+        size, direction = a * lr, torch.atan2(m / c1, v.sqrt() * (b / c2.sqrt()))
+    p = p * (1.0 - lr * weight_decay) - size * direction
+    return p.to(param.dtype), m, v
+
+
+class AdamATan2(DeviceOptimizer):
+    """AdamATan2 over groups of parameters; the rule is `adam_atan2_update`.
+
+    Args:
+        params: tensors, (name, tensor) pairs or groups.
+        lr: learning rate, a number or a one-element tensor (whose value is copied).
+        betas: decay rates of the moments.
+        weight_decay: decoupled; a step takes `lr * weight_decay` of a weight.
+        a: scale of the update.
+        b: scale of the second moment.
+        bias_correction: "outside" the atan2 (the original) or "inside".
+    """
+
+    moments = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        a: float = 1.0,
+        b: float = 1.0,
+        bias_correction: BiasCorrection = "outside",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": tuple(betas),
+                "weight_decay": weight_decay,
+                "a": a,
+                "b": b,
+                "bias_correction": bias_correction,
+            },
+        )
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
+        for name in ("a", "b"):
+            if not group[name] > 0.0:
+                raise ValueError(f"{name} must be a number above 0, got {group[name]}")
+        if group["bias_correction"] not in ("outside", "inside"):
+            raise ValueError(
+                f"bias_correction must be 'outside' or 'inside', got {group['bias_correction']!r}"
+            )
+
+    def _rule(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        lr: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return adam_atan2_update(
+            param,
+            grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["step"],
+            lr,
+            betas=group["betas"],
+            weight_decay=group["weight_decay"],
+            a=group["a"],
+            b=group["b"],
+            bias_correction=group["bias_correction"],
+        )

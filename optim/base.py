@@ -1,0 +1,256 @@
+"""What the optimizers share: state on the device, gating without a host synchronization, errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optim.checks import check_grad, check_lr, check_options, check_param, match_state
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype an update computes in: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def bias_correction(step: Tensor, beta: float) -> Tensor:
+    """`1 - beta ** step` for a 0-dim `step`, in float64 (float32 where the device has none).
+
+    Written as `-expm1(step * log(beta))`, which loses no digits to the subtraction: the relative
+    error is that of the product, at any step and for any beta.
+    """
+    if beta == 0.0:
+        return torch.ones_like(step)
+    dtype = torch.float32 if step.device.type == "mps" else torch.float64
+    return -torch.expm1(step.to(dtype) * math.log(beta))
+
+
+class DeviceOptimizer(torch.optim.Optimizer):
+    """An optimizer whose step never waits for the device.
+
+    * Moments, `step` (0-dim float32 per parameter) and `lr` (0-dim per group) are device tensors,
+      created with the group; their addresses never change, so a step can be captured in a graph.
+    * `group["lr"]` takes a float or a tensor at any time; its value is copied into the group's own
+      tensor (float64 on the CPU or beside float64 parameters, else float32). `set_lr` does so
+      at once; with a captured step, use that.
+    * A subclass names its moments and implements `_rule`, the pure update of one parameter. What
+      is here applies that rule in place; `_update` may be overridden with something faster.
+
+    Args:
+        params: tensors, (name, tensor) pairs or group dictionaries, as torch's optimizers take.
+        defaults: hyperparameters of a group, `lr` and `weight_decay` among them.
+
+    Raises:
+        ValueError, TypeError: one sentence that names the parameter or the option.
+    """
+
+    moments: ClassVar[tuple[str, ...]] = ()
+    counts_steps: ClassVar[bool] = True
+    accepts_sparse: ClassVar[bool] = False
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        self._lr_tensors: list[Tensor] = []
+        super().__init__(params, defaults)
+
+    # Groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group (see torch.optim.Optimizer), with its state; on an error nothing is added."""
+        group = dict(param_group)
+        params = group["params"]
+        if not isinstance(params, (Tensor, set)):
+            params = list(params)
+        group["params"] = params
+        for item in [params] if isinstance(params, Tensor) else params:
+            check_param(item)
+        names = [id(p[1] if isinstance(p, tuple) else p) for p in group["params"]]
+        if len(set(names)) != len(names):
+            raise ValueError("a parameter appears twice in one parameter group")
+        self._check_options({**self.defaults, **group})
+        super().add_param_group(group)
+        group = self.param_groups[-1]
+        self._lr_tensors.append(self._own_lr(group))
+        for p in group["params"]:
+            self.state[p] = self._new_state(p)
+
+    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        if self.counts_steps:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        for name in self.moments:
+            state[name] = torch.zeros_like(
+                param, dtype=work_dtype(param.dtype), requires_grad=False
+            ).detach()
+        return state
+
+    def _own_lr(self, group: dict[str, Any]) -> Tensor:
+        """Make `group["lr"]` a tensor that belongs to this group alone; returns it."""
+        params, lr = group["params"], group["lr"]
+        device = params[0].device if params else torch.device("cpu")
+        wide = device.type == "cpu" or any(p.dtype == torch.float64 for p in params)
+        own = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
+        group["lr"] = self._write_lr(own, lr)
+        return own
+
+    @staticmethod
+    @torch.no_grad()
+    def _write_lr(own: Tensor, value: float | Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return own.copy_(value.detach().reshape(()), non_blocking=True)
+        check_lr(value)
+        return own.fill_(value)
+
+    def set_lr(self, value: float | Tensor) -> None:
+        """Copy `value` into the learning rate of every group now, without a synchronization."""
+        for group, own in zip(self.param_groups, self._lr_tensors, strict=True):
+            group["lr"] = self._write_lr(own, value)
+
+    def _sync_lr(self) -> None:
+        """Copy learning rates that were assigned since the last step into the groups' tensors."""
+        for group, own in zip(self.param_groups, self._lr_tensors, strict=True):
+            if group["lr"] is own:
+                continue
+            if own.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "lr was assigned before the step was captured and would be frozen into the "
+                    "graph: use set_lr() before and between replays"
+                )
+            group["lr"] = self._write_lr(own, group["lr"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lr_tensors = [self._own_lr(g) for g in self.param_groups]
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        """Raise for hyperparameters out of range; subclasses check their own and call this."""
+        check_options(group)
+
+    # The step
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> float | None:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+            grad_scale: one-element tensor gradients are divided by inside the update.
+            found_inf: one-element tensor; where it is nonzero (or NaN) nothing changes: neither
+                parameters nor moments nor step. Read on the device.
+                Both default to the attributes of these names, which torch.amp.GradScaler sets.
+
+        Returns:
+            What the closure returned, if there is one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._sync_lr()
+        grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
+        found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
+        work = [self._buckets(group) for group in self.param_groups]  # checks before any change
+        for group, buckets in zip(self.param_groups, work, strict=True):
+            for device, params in buckets.items():
+                scale = found = None
+                if grad_scale is not None:
+                    scale = grad_scale.detach().reshape(()).to(device, non_blocking=True)
+                if found_inf is not None:
+                    found = (found_inf.detach().reshape(()) != 0).to(device, non_blocking=True)
+                lr = group["lr"].to(device, non_blocking=True)
+                self._update(group, params, lr, scale, found)
+        return loss
+
+    def _buckets(self, group: dict[str, Any]) -> dict[torch.device, list[Tensor]]:
+        """The parameters of a group that have a gradient, by device."""
+        buckets: dict[torch.device, list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                check_grad(p, type(self).__name__, sparse_ok=self.accepts_sparse)
+                buckets.setdefault(p.device, []).append(p)
+        return buckets
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        lr: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Update the parameters of one group on one device, in place.
+
+        `lr`, `grad_scale` and the boolean `found_inf` are 0-dim tensors on that device.
+        """
+        for p in params:
+            state = self.state[p]
+            grad = p.grad.to(work_dtype(p.dtype))
+            grad = grad if grad_scale is None else grad / grad_scale
+            if self.counts_steps:
+                state["step"] += 1 if found_inf is None else ~found_inf
+            new = self._rule(group, p, grad, state, lr)
+            for old, value in zip((p, *(state[m] for m in self.moments)), new, strict=True):
+                old.copy_(value if found_inf is None else torch.where(found_inf, old, value))
+
+    def _rule(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        lr: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The new parameter and the new moments, in the order of `moments`; changes nothing."""
+        raise NotImplementedError
+
+    # Saving and loading
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a saved state into the tensors of this optimizer, in place (addresses stay).
+
+        Options of the groups are taken from the saved ones; every tensor keeps the dtype and the
+        device it has here.
+
+        Raises:
+            ValueError: if groups, names or shapes differ; then nothing has been loaded.
+        """
+        saved = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            saved = hook(self, saved) or saved
+        groups = saved["param_groups"]
+        sizes, own = (
+            [len(g["params"]) for g in groups],
+            [len(g["params"]) for g in self.param_groups],
+        )
+        if sizes != own:
+            raise ValueError(
+                f"the saved optimizer has groups of {sizes} parameters, this one of {own}"
+            )
+        copies: list[tuple[Tensor, Tensor]] = []
+        for theirs, ours in zip(groups, self.param_groups, strict=True):
+            self._check_options({**ours, **theirs})
+            for i, p in zip(theirs["params"], ours["params"], strict=True):
+                copies += match_state(i, saved["state"].get(i, {}), self.state[p])
+        for theirs, ours in zip(groups, self.param_groups, strict=True):
+            ours.update(deepcopy({k: v for k, v in theirs.items() if k != "params"}))
+            if "betas" in ours:  # JSON has no tuples
+                ours["betas"] = tuple(ours["betas"])
+        with torch.no_grad():
+            for target, value in copies:
+                target.copy_(value)
+        self._sync_lr()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
