@@ -31,24 +31,24 @@ def token_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
 
 
 def act_loss(
-    carry: Carry, output: ACTOutput, config: LossConfig
+    carry: Carry, output: ACTOutput, config: LossConfig, present: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss summed over rows, and metric sums over the rows that halted.
 
-    Loss of a row: token loss averaged over its labelled tokens + weighted halting losses. Rows
-    without a label (padding) count in no metric and no loss. All values stay on the device.
-    Keys: count, accuracy, exact_accuracy, q_halt_accuracy, steps (sums over halted rows), lm_loss,
-    q_halt_loss and, where learned, q_continue_loss (sums over all rows).
+    Loss of a row: token loss averaged over its labelled tokens + weighted halting losses. A row
+    without labels has nothing to get wrong: its halting target is 1, as in the reference, but it
+    counts in no metric. `present` (B,) bool leaves other rows (padding) out altogether. All values
+    stay on the device. Keys: count, accuracy, exact_accuracy, q_halt_accuracy, steps (sums over
+    halted rows), lm_loss, q_halt_loss and, where learned, q_continue_loss (sums over all rows).
     """
     labels = carry.batch["labels"]
     with torch.no_grad():
         valid = labels != IGNORE_LABEL
         tokens = valid.sum(-1)
-        labelled = tokens > 0
         divisor = tokens.clamp(min=1)
         correct = (valid & (output.logits.argmax(-1) == labels)).sum(-1)
         exact = correct == tokens
-        counted = carry.halted & labelled
+        counted = carry.halted & (tokens > 0)
         metrics = {
             "count": counted.sum(),
             "accuracy": torch.where(counted, correct.float() / divisor, 0).sum(),
@@ -59,7 +59,7 @@ def act_loss(
 
     def halting_loss(logit: Tensor, target: Tensor) -> Tensor:
         loss = F.binary_cross_entropy_with_logits(logit, target.to(logit.dtype), reduction="none")
-        return torch.where(labelled, loss, 0).sum()
+        return (loss if present is None else torch.where(present, loss, 0)).sum()
 
     lm_loss = (token_loss(output.logits, labels, config.kind) / divisor.unsqueeze(-1)).sum()
     q_halt_loss = halting_loss(output.q_halt, exact)

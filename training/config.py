@@ -1,0 +1,164 @@
+"""`RunConfig`: all that a user can write, typed and frozen. Free of torch, so that it is fast."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, ClassVar, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data import DATASETS
+from models import ARCHITECTURES
+from optim import OPTIMIZERS
+from training.errors import ConfigError, nearest
+
+
+def _one_of(table: dict[str, type[BaseModel]]) -> Any:
+    """The union of a table's config classes, told apart by their `name`."""
+    classes = tuple(dict.fromkeys(table.values()))
+    if len(classes) == 1:
+        return classes[0]
+    return Annotated[Union[classes], Field(discriminator="name")]  # noqa: UP007 (built at run time)
+
+
+class Section(BaseModel):
+    """A frozen group of keys that knows no others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class EvalConfig(Section):
+    """How models are evaluated."""
+
+    batch_size: int | None = Field(None, ge=1, description="null: as in training")
+    max_examples: int | None = Field(None, ge=1, description="a seeded subset of each set")
+    save_predictions: bool = Field(False, description="write predictions.npz with the report")
+
+
+class WandbConfig(Section):
+    """Weights & Biases. `offline` needs no account; metrics.jsonl is always written."""
+
+    mode: Literal["online", "offline", "disabled"] = Field("disabled", description="where to log")
+    project: str = Field("loopwright", min_length=1, description="project name")
+    entity: str | None = Field(None, description="user or team")
+    group: str | None = Field(None, description="group of runs")
+    tags: tuple[str, ...] = Field((), description="labels of the run")
+
+
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+Name = Annotated[str, Field(pattern=r"^[\w.,=+\-]+(/[\w.,=+\-]+)?$", max_length=200)]
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    # Keys that decide what the stored state means; a resumed run cannot change them.
+    fixed: ClassVar[frozenset[str]] = frozenset({"seed", "global_batch_size", "grad_accum", "ema"})
+
+    arch: _one_of(ARCHITECTURES) = Field(description="architecture")
+    optim: _one_of(OPTIMIZERS) = Field(description="optimizer")
+    data: _one_of(DATASETS) = Field(description="dataset")
+
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order and exploration")
+    global_batch_size: int = Field(768, ge=1, description="rows per optimizer step, all ranks")
+    grad_accum: int = Field(1, ge=1, description="micro-batches that a step is cut into")
+    epochs: int = Field(50000, ge=1, description="passes over the original puzzles")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+
+    lr: float = Field(1e-4, ge=0, le=10, description="peak learning rate")
+    lr_warmup_steps: int = Field(2000, ge=0, description="linear warm-up, in steps")
+    lr_min_ratio: float = Field(1.0, ge=0, le=1, description="final / peak learning rate (cosine)")
+    puzzle_emb_lr: float = Field(1e-2, ge=0, le=10, description="SignSGD of the puzzle embeddings")
+    puzzle_emb_weight_decay: float = Field(0.1, ge=0, description="their decoupled decay")
+    grad_clip_norm: float = Field(1.0, ge=0, description="clip the global norm; 0: off")
+    ema: bool = Field(True, description="evaluate an exponential moving average of the weights")
+    ema_rate: float = Field(0.999, ge=0, lt=1, description="its memory per step")
+    freeze_weights: bool = Field(False, description="train the puzzle embeddings only")
+    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="at a NaN or Inf gradient")
+
+    device: Device = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: CUDA")
+
+    log_interval: int = Field(10, ge=1, description="steps between log lines")
+    eval_interval: int | None = Field(None, ge=1, description="steps; null: at the end only")
+    checkpoint_interval: int | None = Field(None, ge=1, description="steps; null: eval_interval")
+    keep_checkpoints: int = Field(2, ge=1, description="newest ones kept, beside the best")
+    eval: EvalConfig = EvalConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    run_name: Name | None = Field(None, description="folder below runs_dir; null: made up")
+    runs_dir: str = Field("runs", min_length=1, description="where run folders go")
+    datasets_dir: str = Field("datasets", min_length=1, description="where built data go")
+    load_checkpoint: str | None = Field(
+        None, min_length=1, description="run folder, checkpoint, weights file, or latest"
+    )
+
+
+class EvaluateConfig(Section):
+    """One evaluation of a checkpoint."""
+
+    checkpoint: str | None = Field(
+        None, min_length=1, description="run folder, checkpoint, or latest"
+    )
+    data: _one_of(DATASETS) | None = Field(None, description="null: the checkpoint's own test sets")
+    weights: Literal["ema", "model"] = Field("ema", description="which weights")
+    which: Literal["newest", "best"] = Field("newest", description="checkpoint of a run folder")
+    device: Device = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: CUDA")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the subset of max_examples")
+    eval: EvalConfig = EvalConfig()
+    runs_dir: str = Field("runs", min_length=1, description="where `latest` is looked for")
+    datasets_dir: str = Field("datasets", min_length=1, description="where built data go")
+    output_dir: str | None = Field(None, min_length=1, description="null: in the run folder")
+
+
+def validate(schema: type[Section], values: dict[str, Any]) -> Any:
+    """Build `schema` from plain values, strictly; ConfigError names the first wrong key."""
+    try:
+        return schema.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise ConfigError(_sentence(schema, error)) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the configuration cannot be read: {error}") from None
+
+
+def _sentence(schema: type[Section], error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    tables = {"arch": ARCHITECTURES, "optim": OPTIMIZERS, "data": DATASETS}
+    path = [str(part) for part in first["loc"]]
+    if len(path) > 1 and path[0] in tables and path[1] in tables[path[0]]:
+        del path[1]  # the union's tag
+    path = [p for p in path if not p.startswith(("tuple[", "list[", "literal[", "function-"))]
+    key, given, kind = ".".join(path) or "the configuration", first.get("input"), first["type"]
+    if kind == "extra_forbidden":
+        return f"there is no key {key}{nearest(key, known_keys(schema))}"
+    if kind == "missing":
+        return f"{key} is missing; give it a value"
+    if kind.startswith("union_tag"):
+        name = given.get("name") if isinstance(given, dict) else given
+        return f"{key}.name={name} is unknown{nearest(str(name), tables.get(key, ()))}"
+    message = first["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{key}: {message}"
+    if kind == "string_pattern_mismatch" and key == "device":
+        message = "should be auto, cpu, mps, cuda or cuda:N"
+    elif kind == "string_pattern_mismatch":
+        message = "should be letters, digits and .,=+-_ with at most one /"
+    return f"{key}={json.dumps(given)} is not valid: {message[0].lower()}{message[1:]}"
+
+
+def known_keys(schema: type[BaseModel], prefix: str = "") -> set[str]:
+    """Every dotted key of `schema` and its sections."""
+    keys = set()
+    for name, field in schema.model_fields.items():
+        keys.add(prefix + name)
+        for section in sections(field.annotation):
+            keys |= known_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def sections(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes that a field's annotation can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [c for part in getattr(annotation, "__args__", ()) for c in sections(part)]

@@ -1,0 +1,44 @@
+"""Errors that a user can mend: one sentence, exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+EXIT_BAD_INPUT = 2
+
+
+class ConfigError(ValueError):
+    """One sentence that names the key or file, what is wrong with it and what would be right."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean X?` for the closest choice, or `; the choices are …` for a short list."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    if choices and len(choices) <= 12:
+        return f"; the choices are {', '.join(choices)}"
+    return ""
+
+
+def fail(message: str) -> None:
+    """Say what is wrong and end the program with exit code 2."""
+    sentence = " ".join(str(message).split())
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {sentence}\n")
+    sys.exit(EXIT_BAD_INPUT)
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Turn the errors of users' making into one sentence and exit code 2."""
+    from data import DataError
+
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        fail(str(error))
