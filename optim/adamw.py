@@ -52,7 +52,7 @@ def adamw_update(
     v = torch.addcmul(exp_avg_sq * beta2, g, g, value=1.0 - beta2)
     c1, c2 = bias_correction(step, beta1), bias_correction(step, beta2)
     denominator = v.sqrt() / c2.sqrt() + eps
-    p = p * (1.0 - lr * weight_decay) - (lr / c1) * (m / denominator)
+    p = p * (1.0 - lr * weight_decay) - lr / c1 * m / denominator
     return p.to(param.dtype), m, v
 
 
@@ -112,9 +112,11 @@ class AdamW(DeviceOptimizer):
         # The kernel wants the step counted already, and compares the float32 flag with 1.
         found = None if found_inf is None else found_inf.to(torch.float32)
         torch._foreach_add_(steps, 1)
+        # It walks storage, so a view with gaps is updated through a copy (its moments have none).
+        targets = [p if _dense(p) else p.contiguous() for p in params]
         torch._fused_adamw_(
-            params,
-            [_like(p.grad, p) for p in params],
+            targets,
+            [_like(p.grad, t) for p, t in zip(params, targets, strict=True)],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -131,6 +133,9 @@ class AdamW(DeviceOptimizer):
         )
         if found is not None:
             torch._foreach_sub_(steps, found)
+        for p, target in zip(params, targets, strict=True):
+            if target is not p:
+                p.copy_(target)
 
     def _rule(
         self,
@@ -155,9 +160,9 @@ class AdamW(DeviceOptimizer):
 
 def _fusable(p: Tensor, grad_scale: Tensor | None) -> bool:
     """Whether torch's kernel takes this parameter without losing digits of scale or rate."""
-    if p.dtype == torch.float32:
-        return _dense(p)
-    return p.dtype == torch.float64 and p.device.type == "cpu" and grad_scale is None and _dense(p)
+    if p.dtype == torch.float64:
+        return p.device.type == "cpu" and grad_scale is None
+    return p.dtype == torch.float32
 
 
 def _dense(p: Tensor) -> bool:

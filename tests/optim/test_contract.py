@@ -1,0 +1,431 @@
+"""What every optimizer promises, over the table of optimizers: state, gates, errors, saving."""
+
+import copy
+import pickle
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optim import OPTIMIZERS, AdamATan2, AdamW
+
+CLASSES = [AdamATan2, AdamW]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+per_class = pytest.mark.parametrize("cls", CLASSES)
+per_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def make_params(dtype=torch.float32, seed=0):
+    """Odd shapes and memory orders: 0-d, empty, transposed, strided, expanded storage."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=rng).to(dtype)
+
+    tensors = [
+        randn(5, 3),
+        randn(),
+        randn(0, 3),
+        randn(4, 5).t(),
+        randn(6, 8)[:, ::2],
+        randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        randn(1),
+    ]
+    return [t.requires_grad_() for t in tensors]
+
+
+def set_grads(params, seed, scale=1.0):
+    rng = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=rng) * scale).to(p.dtype)
+
+
+def snapshot(opt):
+    """Every tensor of parameters and states, cloned."""
+    params = [p for g in opt.param_groups for p in g["params"]]
+    return [p.detach().clone() for p in params] + [
+        s.clone() for p in params for s in opt.state[p].values()
+    ]
+
+
+def same(xs, ys):
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+@per_class
+@per_dtype
+def test_state_is_eager_and_on_the_device(cls, dtype):
+    params = make_params(dtype)
+    opt = cls(params[:3], 1e-3)
+    opt.add_param_group({"params": params[3:], "lr": 1e-2})
+    for p in params:
+        assert opt.state[p]["step"].dtype == torch.float32
+        assert opt.state[p]["step"].shape == ()
+        assert opt.state[p]["exp_avg"].shape == p.shape
+        assert not opt.state[p]["exp_avg"].requires_grad
+    assert [float(g["lr"]) for g in opt.param_groups] == [1e-3, 1e-2]
+    assert all(isinstance(g["lr"], torch.Tensor) for g in opt.param_groups)
+
+
+@per_class
+@per_dtype
+def test_memory_order_does_not_matter(cls, dtype):
+    odd = make_params(dtype)
+    plain = [p.detach().clone(memory_format=torch.contiguous_format) for p in odd]
+    plain = [p.requires_grad_() for p in plain]
+    a, b = cls(odd, 1e-2), cls(plain, 1e-2)
+    for seed in range(3):
+        set_grads(odd, seed)
+        set_grads(plain, seed)
+        odd[3].grad = odd[3].grad.t().contiguous().t()
+        a.step()
+        b.step()
+    # vector lanes and the scalar rest of a row round differently
+    tol = 4 * torch.finfo(dtype).eps
+    for p, q in zip(odd, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=tol, atol=tol)
+
+
+@per_class
+def test_strided_storage_is_written_only_where_the_parameter_is(cls):
+    base = torch.zeros(6, 8)
+    p = base[:, ::2].requires_grad_()
+    p.grad = torch.ones_like(p)
+    cls([p], 0.1).step()
+    assert (base[:, 1::2] == 0).all()
+    assert (base[:, ::2] != 0).all()
+
+
+@per_class
+@per_dtype
+@pytest.mark.parametrize("flag", [1.0, 3.0, float("inf"), float("nan")])
+def test_found_inf_leaves_every_bit(cls, dtype, flag):
+    params = make_params(dtype)
+    opt = cls(params, 1e-2)
+    set_grads(params, 1)
+    opt.step()
+    before = snapshot(opt)
+    for p in params:
+        p.grad.fill_(float("nan"))
+    opt.step(found_inf=torch.tensor(flag))
+    opt.step(found_inf=torch.tensor([flag]), grad_scale=torch.tensor(float("nan")))
+    assert same(before, snapshot(opt))
+    opt.step(found_inf=torch.tensor(True))
+    assert same(before, snapshot(opt))
+
+
+@per_class
+@per_dtype
+def test_found_inf_zero_changes_nothing_about_a_step(cls, dtype):
+    runs = []
+    for found in (None, torch.zeros(()), torch.zeros(1), torch.tensor(False)):
+        params = make_params(dtype)
+        opt = cls(params, 1e-2)
+        for seed in range(3):
+            set_grads(params, seed)
+            opt.step(found_inf=found)
+        runs.append(snapshot(opt))
+    assert all(same(runs[0], r) for r in runs[1:])
+
+
+@per_class
+@per_dtype
+def test_gradients_are_divided_by_grad_scale(cls, dtype):
+    runs = []
+    for scale in (1.0, 1024.0):  # a power of two: exact in every dtype
+        params = make_params(dtype)
+        opt = cls(params, 1e-2)
+        for seed in range(3):
+            set_grads(params, seed, scale)
+            opt.step(grad_scale=torch.tensor([scale]))
+        runs.append(snapshot(opt))
+    assert same(*runs)
+
+
+@per_class
+@per_dtype
+def test_lr_zero_moves_only_the_state(cls, dtype):
+    params = make_params(dtype)
+    opt = cls(params, 0.0)
+    before = [p.detach().clone() for p in params]
+    set_grads(params, 0)
+    opt.step()
+    assert same(before, [p.detach() for p in params])
+    assert float(opt.state[params[0]]["step"]) == 1
+    assert opt.state[params[0]]["exp_avg"].abs().sum() > 0
+
+
+@per_class
+def test_lr_takes_floats_and_tensors_in_one_place(cls):
+    def run(give):
+        params = make_params()
+        opt = cls(params, 0.5)
+        own = opt.param_groups[0]["lr"]
+        for seed, lr in enumerate((0.1, 0.0, 3e-4)):
+            give(opt, lr)
+            set_grads(params, seed)
+            opt.step()
+            assert opt.param_groups[0]["lr"] is own
+            assert float(own) == lr
+        return snapshot(opt)
+
+    def assign(opt, lr):
+        opt.param_groups[0]["lr"] = lr
+
+    def assign_tensor(opt, lr):
+        opt.param_groups[0]["lr"] = torch.tensor([lr], dtype=torch.float64)
+
+    def fill(opt, lr):
+        opt.param_groups[0]["lr"].fill_(lr)
+
+    runs = [run(give) for give in (assign, assign_tensor, fill, lambda o, lr: o.set_lr(lr))]
+    assert all(same(runs[0], r) for r in runs[1:])
+
+
+@per_class
+def test_groups_do_not_share_their_lr(cls):
+    lr = torch.tensor(0.1)
+    params = make_params()
+    opt = cls([{"params": params[:2]}, {"params": params[2:]}], lr)
+    opt.param_groups[0]["lr"] = 0.5
+    set_grads(params, 0)
+    opt.step()
+    assert [round(float(g["lr"]), 6) for g in opt.param_groups] == [0.5, 0.1]
+    assert float(lr) == pytest.approx(0.1)
+
+
+@per_class
+def test_torch_schedulers_drive_it(cls):
+    params = make_params()
+    opt = cls(params, 0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda n: 0.5**n)
+    set_grads(params, 0)
+    for n in range(3):
+        assert float(opt.param_groups[0]["lr"]) == pytest.approx(0.1 * 0.5**n)
+        opt.step()
+        scheduler.step()
+
+
+def to_cpu_copy(state):
+    """As a checkpoint does: tensors copied, tuples turned into lists."""
+    if isinstance(state, dict):
+        return {k: to_cpu_copy(v) for k, v in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [to_cpu_copy(v) for v in state]
+    return state.clone() if isinstance(state, torch.Tensor) else state
+
+
+@per_class
+@per_dtype
+@given(before=st.integers(0, 3), seed=st.integers(0, 1000))
+@settings(max_examples=5, deadline=None)
+def test_loading_then_stepping_is_never_having_saved(cls, dtype, before, seed):
+    params = make_params(dtype, seed)
+    opt = cls(params, 1e-2, weight_decay=0.3)
+    for i in range(before):
+        set_grads(params, i)
+        opt.step()
+    saved = to_cpu_copy(opt.state_dict())
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    fresh = cls(twins, 0.7, weight_decay=0.0)
+    addresses = [s.data_ptr() for p in twins for s in fresh.state[p].values()]
+    fresh.load_state_dict(saved)
+    assert addresses == [s.data_ptr() for p in twins for s in fresh.state[p].values()]
+    assert fresh.param_groups[0]["betas"] == opt.param_groups[0]["betas"]
+    assert same(snapshot(opt), snapshot(fresh))
+    for i in range(3):
+        set_grads(params, 10 + i)
+        set_grads(twins, 10 + i)
+        opt.step()
+        fresh.step()
+    assert same(snapshot(opt), snapshot(fresh))
+
+
+@per_class
+def test_a_state_that_does_not_fit_is_refused_whole(cls):
+    def broken(change):
+        saved = copy.deepcopy(opt.state_dict())
+        change(saved)
+        return saved
+
+    params = make_params()
+    opt = cls(params, 1e-2)
+    set_grads(params, 0)
+    opt.step()
+    before = snapshot(opt)
+    cases = [
+        (lambda s: s["param_groups"].append(s["param_groups"][0]), "groups of"),
+        (lambda s: s["param_groups"][0]["params"].pop(), "groups of"),
+        (lambda s: s["state"].pop(3), "state of parameter 3 has"),
+        (lambda s: s["state"][0].pop("exp_avg"), "state of parameter 0 has"),
+        (lambda s: s["state"][0].update(exp_avg=torch.zeros(9)), "saved exp_avg of parameter 0"),
+        (lambda s: s["param_groups"][0].update(weight_decay=-1.0), "weight_decay"),
+        (lambda s: s["param_groups"][0].update(lr=-1.0), "lr must"),
+    ]
+    for change, message in cases:
+        with pytest.raises(ValueError, match=message):
+            opt.load_state_dict(broken(change))
+        assert same(before, snapshot(opt))
+
+
+def test_adamw_loads_the_state_of_torch_adamw():
+    params = make_params()[:2]
+    theirs = torch.optim.AdamW(params, 1e-2)
+    set_grads(params, 0)
+    theirs.step()
+    mine = AdamW(params, 0.5)
+    mine.load_state_dict(theirs.state_dict())
+    assert float(mine.param_groups[0]["lr"]) == 1e-2
+    assert float(mine.state[params[0]]["step"]) == 1
+
+
+@per_class
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_live_on(cls, clone):
+    params = make_params()
+    opt = cls(params, 1e-2)
+    set_grads(params, 0)
+    opt.step()
+    twin = clone(opt)
+    twins = twin.param_groups[0]["params"]
+    set_grads(params, 1)
+    set_grads(twins, 1)
+    opt.step()
+    twin.set_lr(1e-2)
+    twin.step()
+    assert same(snapshot(opt), snapshot(twin))
+
+
+@per_class
+def test_parameters_without_gradient_are_skipped(cls):
+    params = make_params()
+    opt = cls(params, 1e-2)
+    set_grads(params, 0)
+    params[0].grad = None
+    before = params[0].detach().clone()
+    opt.step()
+    assert torch.equal(params[0], before)
+    assert float(opt.state[params[0]]["step"]) == 0
+    assert float(opt.state[params[1]]["step"]) == 1
+
+
+@per_class
+def test_closure(cls):
+    p = torch.ones(3, requires_grad=True)
+    opt = cls([p], 0.1)
+
+    def closure():
+        opt.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss.detach()
+
+    assert float(opt.step(closure)) == 3.0
+    assert (p < 1).all()
+
+
+@per_class
+@pytest.mark.parametrize("overflow", [False, True])
+def test_grad_scaler(cls, overflow):
+    """The protocol of torch.amp: scale and flag arrive as attributes of the optimizer."""
+    p = torch.ones(4, requires_grad=True)
+    q = torch.ones(4, requires_grad=True)
+    opt, plain = cls([p], 0.1), cls([q], 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    weight = torch.tensor([1.0, -2.0, 3.0, float("inf") if overflow else 4.0])
+    scaler.scale((p * weight).sum()).backward()
+    scaler.step(opt)
+    scaler.update()
+    assert not hasattr(opt, "grad_scale")
+    if overflow:
+        assert (p == 1).all()
+        assert scaler.get_scale() == 2.0**9
+    else:
+        (q * weight).sum().backward()
+        plain.step()
+        assert torch.equal(p, q)
+
+
+@per_class
+def test_errors_are_sentences(cls):
+    p = torch.zeros(3, requires_grad=True)
+    cases = [
+        ([p * 2], {}, "not a leaf"),
+        ([torch.zeros(3, dtype=torch.complex64)], {}, "complex"),
+        ([("w", torch.zeros(3, dtype=torch.int64))], {}, "parameter 'w' is torch.int64"),
+        ([torch.zeros(2, 2).to_sparse()], {}, "must be dense"),
+        ([p, p], {}, "appears twice"),
+        ([p], {"lr": -1.0}, "lr must"),
+        ([p], {"lr": float("nan")}, "lr must"),
+        ([p], {"lr": torch.zeros(2)}, "one floating-point number"),
+        ([p], {"betas": (1.0, 0.9)}, r"betas\[0\] must be in \[0, 1\)"),
+        ([p], {"betas": (0.9, -0.1)}, r"betas\[1\] must be in \[0, 1\)"),
+        ([p], {"betas": (0.9,)}, "two numbers"),
+        ([p], {"weight_decay": -0.1}, "weight_decay must"),
+    ]
+    for params, options, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            cls(params, **options)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match="takes tensors, got int"):
+        cls([3])
+    opt = cls([p], 0.1)
+    with pytest.raises(ValueError, match="lr must"):
+        opt.set_lr(-1.0)
+    with pytest.raises(ValueError, match="appears twice"):
+        opt.add_param_group({"params": [torch.zeros(1), *[torch.ones(1)] * 2]})
+    assert len(opt.param_groups) == 1
+    opt.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr must"):
+        opt.step()
+
+
+def test_option_errors_of_single_optimizers():
+    p = torch.zeros(3, requires_grad=True)
+    for options in ({"a": 0.0}, {"b": -1.0}, {"bias_correction": "both"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            AdamATan2([p], **options)
+    with pytest.raises(ValueError, match="eps"):
+        AdamW([p], eps=-1.0)
+
+
+@per_class
+def test_bad_gradients_are_named_before_anything_moves(cls):
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    first = torch.ones(3, requires_grad=True)
+    first.grad = torch.ones(3)
+    opt = cls([first, table.weight], 0.1)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="is sparse"):
+        opt.step()
+    assert (first == 1).all()
+
+
+def test_build_from_config():
+    params = [("w", torch.nn.Parameter(torch.ones(3))), ("b", torch.nn.Parameter(torch.ones(())))]
+    for name, config in OPTIMIZERS.items():
+        assert config().name == name
+        opt = config(weight_decay=0.25).build(params, 0.5)
+        group = opt.param_groups[0]
+        assert (float(group["lr"]), group["weight_decay"]) == (0.5, 0.25)
+        assert group["betas"] == (0.9, 0.95)
+        with pytest.raises(ValueError, match="Extra inputs"):
+            config(momentum=1)
+        with pytest.raises(ValueError, match="frozen"):
+            config().weight_decay = 1.0
+        for field in config.model_fields.values():
+            assert field.description and "\n" not in field.description
+
+
+def test_import_is_light():
+    """Neither the package nor its configuration imports torch."""
+    import subprocess
+
+    code = (
+        "import sys, optim, optim.config, optim.schedule; optim.OPTIMIZERS; optim.learning_rate;"
+        "bad = {'torch', 'hydra', 'wandb'} & sys.modules.keys(); assert not bad, bad;"
+        "assert set(optim.__all__) <= set(dir(optim)); [getattr(optim, n) for n in optim.__all__]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
