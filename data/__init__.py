@@ -1,0 +1,57 @@
+"""Datasets: configurations, builders, the on-disk format, loaders and augmentation.
+
+Importing this package loads NumPy and pydantic only. The names that need torch (`TrainLoader`,
+`EvalLoader`, `AUGMENTATIONS`, `build_augmentation`) are imported when they are first asked for, so
+that wrong input is refused before torch is loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from data.config import DatasetConfig
+from data.errors import DataError
+from data.folder import FolderConfig
+from data.format import dataset_info, read_dataset, write_dataset
+from data.puzzles import DatasetInfo, PuzzleDataset, PuzzleSet
+from data.sudoku import SudokuConfig
+
+if TYPE_CHECKING:
+    from data.augment import AUGMENTATIONS, build_augmentation
+    from data.loader import EvalLoader, TrainLoader
+
+# A new dataset is one file and one line here.
+DATASETS: dict[str, type[DatasetConfig]] = {
+    "sudoku": SudokuConfig,
+    "folder": FolderConfig,
+}
+
+_LAZY = {
+    "TrainLoader": "data.loader",
+    "EvalLoader": "data.loader",
+    "AUGMENTATIONS": "data.augment",
+    "build_augmentation": "data.augment",
+}
+
+__all__ = [
+    "AUGMENTATIONS",
+    "DATASETS",
+    "DataError",
+    "DatasetConfig",
+    "DatasetInfo",
+    "EvalLoader",
+    "FolderConfig",
+    "PuzzleDataset",
+    "PuzzleSet",
+    "SudokuConfig",
+    "TrainLoader",
+    "build_augmentation",
+    "dataset_info",
+    "read_dataset",
+    "write_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
