@@ -144,9 +144,7 @@ def _read_metadata(path: Path, split: str) -> Metadata:
         key = ".".join(map(str, first["loc"]))
         raise DataError(f"{file}: {key}: {first['msg']}.") from None
     if meta.pad_id >= meta.vocab_size:
-        raise DataError(
-            f"{file}: pad_id {meta.pad_id} must be below vocab_size {meta.vocab_size}."
-        )
+        raise DataError(f"{file}: pad_id {meta.pad_id} must be below vocab_size {meta.vocab_size}.")
     if meta.blank_identifier_id >= meta.num_puzzle_identifiers:
         raise DataError(
             f"{file}: blank_identifier_id {meta.blank_identifier_id} must be below "

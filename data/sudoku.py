@@ -12,6 +12,7 @@ from data.errors import DataError
 from data.format import write_dataset
 from data.hashing import hash32
 from data.puzzles import PuzzleDataset, PuzzleSet
+from data.sudoku_4x4 import NUM_GRIDS
 from data.sudoku_csv import SUFFIXES, SudokuTable, check_header, read_sudoku_csv, require_unique
 from data.sudoku_generate import GeneratorSpec, generate_splits, most_puzzles_4x4
 from data.sudoku_rules import BOXES, FEWEST_CLUES, symmetry_hash
@@ -26,7 +27,6 @@ _DEFAULT_TRAIN = {(2, 2): 20_000, (2, 3): 20_000, (3, 2): 20_000, (3, 3): 1_000}
 _DEFAULT_TEST = 1_000
 # Without num_clues, each puzzle's number of clues is drawn from here, as far as it can be reached.
 _DEFAULT_CLUES = {(2, 2): (4, 8), (2, 3): (8, 18), (3, 2): (8, 18), (3, 3): (17, 40)}
-_ALL_4X4_GRIDS = 288
 _DEFAULT_HOLDOUT = 48
 
 Count = Annotated[int, Field(strict=True, ge=1, le=10_000_000)]
@@ -124,14 +124,19 @@ class SudokuConfig(DatasetConfig):
             if self.holdout_grids is not None:
                 raise ValueError("data.holdout_grids is for data.box=[2,2] only; leave it out")
             return
-        test = self._holdout
-        if not 1 <= test < _ALL_4X4_GRIDS:
+        if self.rating_range[0] > 0:
             raise ValueError(
-                f"data.holdout_grids={test} must be within 1 to {_ALL_4X4_GRIDS - 1}: "
-                f"4×4 has {_ALL_4X4_GRIDS} solution grids"
+                f"data.min_rating={self.min_rating} must be 0 for data.box=[2,2]: "
+                "every 4×4 puzzle can be solved without a guess"
+            )
+        test = self._holdout
+        if not 1 <= test < NUM_GRIDS:
+            raise ValueError(
+                f"data.holdout_grids={test} must be within 1 to {NUM_GRIDS - 1}: "
+                f"4×4 has {NUM_GRIDS} solution grids"
             )
         for key, count, grids in (
-            ("num_train", self._train_count, _ALL_4X4_GRIDS - test),
+            ("num_train", self._train_count, NUM_GRIDS - test),
             ("num_test", self._test_count, test),
         ):
             most = most_puzzles_4x4(grids, self.clue_range)

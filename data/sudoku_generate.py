@@ -14,8 +14,9 @@ import numpy as np
 
 from data.errors import DataError
 from data.hashing import hash32
+from data.sudoku_4x4 import NUM_GRIDS, candidates_4x4
 from data.sudoku_csv import SudokuTable
-from data.sudoku_rules import FEWEST_CLUES, grids_4x4, symmetry_hash
+from data.sudoku_rules import FEWEST_CLUES, symmetry_hash
 from data.sudoku_solver import candidates
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,8 @@ def generate_splits(spec: GeneratorSpec) -> tuple[SudokuTable, SudokuTable]:
     """
     train_grids = test_grids = None
     if spec.box == (2, 2):
-        grids = grids_4x4()
-        order = np.argsort(hash32(_HOLDOUT, spec.seed, np.arange(len(grids))), kind="stable")
-        test_grids = grids[np.sort(order[: spec.holdout_grids])]
-        train_grids = grids[np.sort(order[spec.holdout_grids :])]
+        order = np.argsort(hash32(_HOLDOUT, spec.seed, np.arange(NUM_GRIDS)), kind="stable")
+        test_grids, train_grids = np.split(order, [spec.holdout_grids])
     train = _collect(spec, "num_train", spec.num_train, _TRAIN, train_grids, None)
     if spec.box == (2, 2):
         test = _collect(spec, "num_test", spec.num_test, _TEST, test_grids, None)
@@ -101,10 +100,12 @@ def _collect(
     tried = recent_tried = recent_found = 0
     low, high = (0, 0) if spec.minimal else spec.draw
     while len(seen) < count:
-        questions, answers, ratings = candidates(
-            tried, _BATCH, box=spec.box, seed=spec.seed, stream=stream, low=low, high=high,
-            grids=grids,
-        )  # fmt: skip
+        wanted = {"seed": spec.seed, "stream": stream, "low": low, "high": high}
+        if grids is None:
+            made = candidates(tried, _BATCH, box=spec.box, **wanted)
+        else:
+            made = candidates_4x4(tried, _BATCH, grids=grids, **wanted)
+        questions, answers, ratings = made
         tried += _BATCH
         table = SudokuTable(questions, answers, ratings)
         clues = (questions > 0).sum(axis=1)

@@ -31,7 +31,7 @@ def random_below(state, bound):  # noqa: ANN001, ANN201
 
 
 @_compile
-def _fill_singles(value, used, unit_of, units, trail, filled, ban_cell, ban_mask):  # noqa: ANN001, ANN202
+def _fill_singles(value, used, unit_of, units, trail, filled, ban_cell, ban_mask):  # noqa: ANN001
     """Fill naked and hidden singles until none is left.
 
     Returns (filled, cell, mask): cell -2 on a contradiction, -1 when the grid is full, otherwise
@@ -195,43 +195,49 @@ def rate(puzzles, unit_of, units, limit, counts, ratings, solutions):  # noqa: A
 
 
 @_compile
-def generate(seed, stream, first, grids, low, high, unit_of, units, questions, answers, ratings):  # noqa: ANN001, ANN201
+def generate(seed, stream, first, low, high, unit_of, units, questions, answers, ratings):  # noqa: ANN001, ANN201
     """Make candidates first, first + 1, …, each a pure function of (seed, stream, its number).
 
-    A solution is drawn from `grids` (k, n²), or made at random where there are none; clues are
-    then removed in random order while the solution stays unique, down to a number drawn from
-    low..high, or until no clue can go.
+    Clues are removed from a random solution in random order while it stays the only one, down to
+    a number drawn from low..high, or until no clue can go.
     """
     cells = questions.shape[1]
     state = np.zeros(1, np.uint64)
     order = np.arange(cells)
-    blank = np.zeros(cells, np.uint8)
-    other = np.empty(cells, np.uint8)
+    solution = np.empty(cells, np.uint8)
     for i in range(len(questions)):
         state[0] = np.uint64(seed)
         for word in (stream, first + i):
             random_below(state, 1)
             state[0] ^= np.uint64(word) * np.uint64(0xD6E8FEB86659FD93)
-        answer, question = answers[i], questions[i]
-        if len(grids) > 0:
-            answer[:] = grids[random_below(state, len(grids))]
-        else:
-            search(blank, unit_of, units, 1, -1, state, True, answer)
-        question[:] = answer
-        for k in range(cells):
-            order[k] = k
-        for k in range(cells - 1, 0, -1):
-            j = random_below(state, k + 1)
-            order[k], order[j] = order[j], order[k]
+        question = questions[i]
+        question[:] = 0
         clues, target = cells, low + random_below(state, high - low + 1)
-        for cell in order:
-            if clues <= target:
-                break
-            question[cell] = 0
-            other[cell] = answer[cell]
-            found, _ = search(question, unit_of, units, 1, cell, state, False, other)
-            if found > 0:
-                question[cell] = answer[cell]
+        # Step -1 makes the solution, steps 0.. try to remove a clue, the last one rates. They
+        # share one call, because numba compiles `search` into every place that calls it.
+        for step in range(-1, cells + 1):
+            rating, making = step == cells, step == -1
+            cell = -1
+            if not (rating or making):
+                if clues <= target:
+                    continue
+                cell = order[step]
+                question[cell] = 0
+                solution[cell] = answers[i, cell]
+            found, guesses = search(
+                question, unit_of, units, 2 if rating else 1, cell, state, making, solution
+            )
+            if making:
+                answers[i] = solution
+                question[:] = solution
+                for k in range(cells):
+                    order[k] = k
+                for k in range(cells - 1, 0, -1):
+                    j = random_below(state, k + 1)
+                    order[k], order[j] = order[j], order[k]
+            elif rating:
+                ratings[i] = guesses
+            elif found > 0:
+                question[cell] = answers[i, cell]
             else:
                 clues -= 1
-        _, ratings[i] = search(question, unit_of, units, 2, -1, state, False, other)

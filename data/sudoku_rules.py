@@ -5,7 +5,6 @@ r stacks of c columns. Grids are (puzzles, n²) uint8 in row-major order, 0 bein
 """
 
 from functools import lru_cache
-from itertools import permutations
 
 import numpy as np
 
@@ -34,26 +33,6 @@ def is_solution(grids: np.ndarray, box: tuple[int, int]) -> np.ndarray:
     for unit in units(box):
         valid = valid & (np.bitwise_or.reduce(bits[:, unit], axis=1) == full)
     return valid
-
-
-@lru_cache
-def grids_4x4() -> np.ndarray:
-    """All 288 solution grids of the 2×2 box in lexicographic order: (288, 16) uint8."""
-    rows = np.array(list(permutations(range(1, 5))), np.uint8)  # (24, 4)
-    grids = rows[:, None, :]
-    for _ in range(3):
-        grids = np.concatenate(
-            [
-                np.repeat(grids, len(rows), axis=0),
-                np.tile(rows, (len(grids), 1))[:, None, :],
-            ],
-            axis=1,
-        )
-        # Keep what has no digit twice in a column yet.
-        ordered = np.sort(grids, axis=1)
-        grids = grids[(ordered[:, 1:] != ordered[:, :-1]).all(axis=(1, 2))]
-    grids = grids.reshape(-1, 16)
-    return grids[is_solution(grids, (2, 2))]
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

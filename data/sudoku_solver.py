@@ -72,13 +72,12 @@ def candidates(
     stream: int,
     low: int,
     high: int,
-    grids: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Uniquely solvable puzzles number first..first+count-1 of an endless reproducible sequence.
 
-    Clues are removed from a solution (drawn from `grids` (k, n²), or random) in random order while
-    it stays the only one, until a number of clues drawn from low..high is reached or no clue can
-    be spared; low = high = 0 gives minimal puzzles.
+    Clues are removed from a random solution in random order while it stays the only one, until a
+    number of clues drawn from low..high is reached or no clue can be spared; low = high = 0 gives
+    minimal puzzles.
 
     Returns:
         questions, answers (count, n²) uint8; ratings (count,) int32, as `solve` gives them.
@@ -87,13 +86,12 @@ def candidates(
 
     unit_of, cells_of = _tables(box)
     cells = len(unit_of)
-    grids = np.zeros((0, cells), np.uint8) if grids is None else np.ascontiguousarray(grids)
     questions, answers = np.zeros((2, count, cells), np.uint8)
     ratings = np.zeros(count, np.int32)
 
     def work(part: slice) -> None:
         sudoku_kernels.generate(
-            seed, stream, first + part.start, grids, low, high, unit_of, cells_of,
+            seed, stream, first + part.start, low, high, unit_of, cells_of,
             questions[part], answers[part], ratings[part],
         )  # fmt: skip
 

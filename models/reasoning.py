@@ -61,6 +61,11 @@ class ReasoningModel(nn.Module):
             for name in self.state_names
         }
 
+    def compile_levels(self) -> None:
+        """torch.compile each level's stack of blocks (one graph, used by every update)."""
+        for level in self.levels.values():
+            level.compile(dynamic=False)
+
     def puzzle_rows(self, puzzle_ids: Tensor) -> Tensor | None:
         """Rows (B, puzzle_emb_ndim) of the puzzle table for `puzzle_ids` (B,), or None."""
         return self.embedding.puzzle_rows(puzzle_ids)

@@ -121,7 +121,7 @@ class AdamW(DeviceOptimizer):
             [s["exp_avg_sq"] for s in states],
             [],
             steps,
-            lr=lr,
+            lr=lr if lr.device.type == "cpu" else lr.to(torch.float32),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=group["weight_decay"],

@@ -195,15 +195,30 @@ class DeviceOptimizer(torch.optim.Optimizer):
 
         `lr`, `grad_scale` and the boolean `found_inf` are 0-dim tensors on that device.
         """
+        if found_inf is not None and found_inf.device.type == "cpu":
+            if found_inf:  # host memory: reading it waits for nothing
+                return
+            found_inf = None
         for p in params:
-            state = self.state[p]
-            grad = p.grad.to(work_dtype(p.dtype))
-            grad = grad if grad_scale is None else grad / grad_scale
-            if self.counts_steps:
-                state["step"] += 1 if found_inf is None else ~found_inf
-            new = self._rule(group, p, grad, state, lr)
-            for old, value in zip((p, *(state[m] for m in self.moments)), new, strict=True):
-                old.copy_(value if found_inf is None else torch.where(found_inf, old, value))
+            self._update_one(group, p, lr, grad_scale, found_inf)
+
+    def _update_one(
+        self,
+        group: dict[str, Any],
+        p: Tensor,
+        lr: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Apply `_rule` to one parameter; where `found_inf` is true every bit stays."""
+        state = self.state[p]
+        grad = p.grad.to(work_dtype(p.dtype))
+        grad = grad if grad_scale is None else grad / grad_scale
+        if self.counts_steps:
+            state["step"] += 1 if found_inf is None else ~found_inf
+        new = self._rule(group, p, grad, state, lr)
+        for old, value in zip((p, *(state[m] for m in self.moments)), new, strict=True):
+            old.copy_(value if found_inf is None else torch.where(found_inf, old, value))
 
     def _rule(
         self,

@@ -188,7 +188,9 @@ def _describe(schema: type[BaseModel], values: dict[str, Any], prefix: str) -> l
             chosen = [c for c in nested if _is_named(c, value.get("name"))] or nested
             lines += _describe(chosen[0], value, f"{prefix}{name}.")
             continue
-        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        shown = (
+            "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        )
         text = f"  {prefix}{name}={shown}"
         lines.append(f"{text:<42} {field.description or ''}".rstrip())
     return lines

@@ -118,6 +118,27 @@ def test_found_inf_leaves_every_bit(cls, dtype, flag):
 
 @per_class
 @per_dtype
+@torch.no_grad()
+def test_the_gate_of_other_devices_leaves_every_bit(cls, dtype):
+    """On the CPU the flag is read; elsewhere every write is a `where`. Here on CPU tensors."""
+    params = make_params(dtype)
+    opt = cls(params, 1e-2)
+    group = opt.param_groups[0]
+    set_grads(params, 1)
+    for p in params:
+        opt._update_one(group, p, group["lr"], None, torch.tensor(False))
+    before = snapshot(opt)
+    assert all(opt.state[p]["step"] == 1 for p in params)
+    for p in params:
+        p.detach().copy_(torch.where(p == p.flatten()[:1].sum(), -0.0, p.detach()))
+        before = snapshot(opt)
+        p.grad.fill_(float("nan"))
+        opt._update_one(group, p, group["lr"], torch.tensor(2.0), torch.tensor(True))
+        assert same(before, snapshot(opt))
+
+
+@per_class
+@per_dtype
 def test_found_inf_zero_changes_nothing_about_a_step(cls, dtype):
     runs = []
     for found in (None, torch.zeros(()), torch.zeros(1), torch.tensor(False)):

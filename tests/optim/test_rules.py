@@ -141,3 +141,23 @@ def test_half_precision_has_float32_moments_and_rounds_once(cls, dtype):
     torch.testing.assert_close(p.detach().float(), wide.detach(), rtol=2e-2, atol=1e-3)
     # A kernel's float32 result may sit on the other side of a rounding boundary, rarely.
     assert (p.detach() == wide.detach().to(dtype)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("form", ["outside", "inside"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_path_without_temporaries_is_the_rule_to_the_bit(form, dtype):
+    p = torch.randn(33, 7, dtype=dtype).requires_grad_()
+    opt = AdamATan2([p], 1e-2, a=1.27, b=1.1, bias_correction=form)
+    want = p.detach().clone()
+    m, v = torch.zeros_like(want), torch.zeros_like(want)
+    options = {"a": 1.27, "b": 1.1, "bias_correction": form}
+    for t in range(1, 6):
+        p.grad = torch.randn_like(p)
+        grad = p.grad / torch.tensor(3.0)
+        lr = opt.param_groups[0]["lr"]
+        want, m, v = adam_atan2_update(want, grad, m, v, torch.tensor(float(t)), lr, **options)
+        opt.step(grad_scale=torch.tensor(3.0))
+        for got, value in zip(
+            (p.detach(), *list(opt.state[p].values())[1:]), (want, m, v), strict=True
+        ):
+            assert torch.equal(got, value)

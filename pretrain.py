@@ -1,0 +1,38 @@
+"""Train a recursive-reasoning model: `python pretrain.py --help`."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from training.cli import plain, preflight
+from training.config import RunConfig
+from training.errors import reported
+from training.logging import set_up_logging
+from training.resolve import resolve
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="cfg_pretrain")
+def main(composed: DictConfig) -> None:
+    """Run one job: check it without torch, then train."""
+    with reported():
+        run = resolve(plain(composed), list(composed_overrides()))
+        from training.loop import train
+
+        train(run)
+
+
+def composed_overrides() -> list[str]:
+    """What the user wrote on the command line, key by key."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task)
+
+
+if __name__ == "__main__":
+    set_up_logging()
+    with reported():
+        preflight("cfg_pretrain", RunConfig, sys.argv[1:])
+    main()

@@ -1,0 +1,94 @@
+"""Which device, how it computes, and what to say when its memory runs out."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+
+import torch
+
+from training.config import RunConfig
+from training.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that `name` means here: auto prefers CUDA, then MPS, then the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"device={name}: this build of torch ({torch.__version__}) sees no CUDA device; "
+                "install a CUDA build, or use device=cpu"
+            )
+        return torch.device("cuda", local_rank if device.index is None else device.index)
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """In words: the GPU's name and memory, or the number of CPU threads."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return str(device)
+
+
+def set_determinism(device: torch.device) -> None:
+    """Same inputs, same bits, on the same hardware: no float atomics, nothing chosen by timing."""
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.cuda.set_device(device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it only costs time
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its plans are chosen by heuristics that vary
+
+
+def wants_compile(setting: str, device: torch.device) -> bool:
+    """Whether to compile: `auto` does on CUDA where Triton is installed."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    if setting == "on" and device.type == "cuda" and not has_triton:
+        raise ConfigError("compile=on needs the package triton on CUDA; install it, or compile=off")
+    return setting == "on" or (setting == "auto" and device.type == "cuda" and has_triton)
+
+
+def configure_compiler() -> None:
+    """Compiled kernels whose choice does not depend on timing, so that a resume is exact."""
+    import torch._dynamo
+    import torch._inductor.config as inductor
+
+    torch._dynamo.config.cache_size_limit = 64
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = True
+    else:  # no benchmarking of reductions' tile sizes
+        inductor.triton.autotune_pointwise = False
+
+
+@contextlib.contextmanager
+def memory_advice(config: RunConfig) -> Iterator[None]:
+    """Turn running out of memory into one sentence that says which settings to change."""
+    advice = (
+        f"lower global_batch_size ({config.global_batch_size}), raise grad_accum "
+        f"({config.grad_accum}), or lower arch.hidden_size ({config.arch.hidden_size})"
+    )
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        first = str(error).split(". ")[0]
+        raise ConfigError(f"the GPU's memory is full ({first}): {advice}") from None
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+            raise ConfigError(f"the memory is full: {advice}") from None
+        raise

@@ -1,0 +1,177 @@
+"""From what the user wrote to what will run: checks that need no torch, dataset, steps, folder."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data import DatasetInfo, dataset_info
+from models import ModelDims
+from training.config import RunConfig, validate
+from training.errors import ConfigError
+from training.resume import Resume, WarmStart, find_checkpoint, merge
+from training.run_folder import new_run_dir, reopen_run_dir
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run, as torchrun's environment tells."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """Read RANK, WORLD_SIZE and LOCAL_RANK; ConfigError where they make no sense."""
+        values = {}
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+            text = os.environ.get(name, str(default))
+            if not text.isdigit():
+                raise ConfigError(f"the environment variable {name}={text} should be a number")
+            values[name] = int(text)
+        if values["WORLD_SIZE"] < 1 or values["RANK"] >= values["WORLD_SIZE"]:
+            raise ConfigError(
+                f"the environment variables RANK={values['RANK']} and "
+                f"WORLD_SIZE={values['WORLD_SIZE']} contradict each other"
+            )
+        return cls(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A `RunConfig` completed by the dataset and the checkpoint; nothing left to decide."""
+
+    config: RunConfig
+    dims: ModelDims
+    dataset_path: Path
+    info: DatasetInfo
+    total_steps: int
+    world: World
+    run_dir: Path
+    run_id: str
+    resume: Resume | WarmStart | None
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """Steps between checkpoints: as configured, or the evaluation's, or a tenth of the run."""
+        config = self.config
+        return config.checkpoint_interval or config.eval_interval or -(-self.total_steps // 10)
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError for a device that this machine plainly lacks, without importing torch."""
+    if device == "mps" and (platform.system(), platform.machine()) != ("Darwin", "arm64"):
+        raise ConfigError("device=mps needs a Mac with Apple silicon; use device=auto or cpu")
+    if not device.startswith("cuda"):
+        return
+    count = _cuda_devices()
+    if count == 0:
+        raise ConfigError(f"device={device}: no CUDA device is visible; use device=auto or cpu")
+    index = int(device.partition(":")[2] or 0)
+    if count is not None and index >= count:
+        raise ConfigError(
+            f"device={device}: only {count} CUDA devices are visible, cuda:0 to cuda:{count - 1}"
+        )
+
+
+def _cuda_devices() -> int | None:
+    """Number of CUDA devices by the driver's own count; None where it cannot tell (ROCm)."""
+    if Path("/dev/kfd").exists():
+        return None
+    name = "nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def check(config: RunConfig, world: World) -> None:
+    """Checks across keys that a single field cannot make."""
+    rows = config.global_batch_size
+    if rows % world.size:
+        raise ConfigError(
+            f"global_batch_size={rows} is not divisible by the {world.size} ranks; "
+            f"use {rows // world.size * world.size or world.size}"
+        )
+    if rows // world.size % config.grad_accum:
+        raise ConfigError(
+            f"grad_accum={config.grad_accum} does not divide the {rows // world.size} rows "
+            "per rank of global_batch_size"
+        )
+    eval_rows = config.eval.batch_size or rows
+    if eval_rows % world.size:
+        raise ConfigError(f"eval.batch_size={eval_rows} is not divisible by the {world.size} ranks")
+    if config.freeze_weights and config.arch.prefix_len == 0:
+        raise ConfigError(
+            "freeze_weights=true leaves nothing to train without puzzle embeddings; "
+            "set arch.puzzle_emb_ndim and arch.puzzle_emb_len above 0"
+        )
+    if config.device == "mps" and config.arch.forward_dtype == "float64":
+        raise ConfigError("arch.forward_dtype=float64 does not exist on device=mps; use float32")
+    check_device(config.device)
+    config.data.check()
+
+
+def count_steps(config: RunConfig, info: DatasetInfo) -> int:
+    """Optimizer steps of the whole run."""
+    if config.max_steps is not None:
+        return config.max_steps
+    rows = config.epochs * info.num_train_examples
+    if rows < config.global_batch_size:
+        raise ConfigError(
+            f"epochs={config.epochs} of {info.num_train_examples} puzzles are fewer rows than one "
+            f"step of global_batch_size={config.global_batch_size}; raise epochs or lower the batch"
+        )
+    return rows // config.global_batch_size
+
+
+def dims_of(info: DatasetInfo) -> ModelDims:
+    """The dataset's part of a model's shape."""
+    return ModelDims(info.seq_len, info.vocab_size, info.num_puzzle_ids)
+
+
+def resolve(values: dict[str, Any], overrides: list[str]) -> ResolvedRun:
+    """Check everything, find the checkpoint, build the dataset if missing, open the run folder.
+
+    `values` is the composed configuration, `overrides` what the user wrote on the command line.
+    Raises ConfigError or DataError with one sentence.
+    """
+    world = World.from_environment()
+    if world.size > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={world.size}: training on several ranks is not supported yet; "
+            "start a single process"
+        )
+    config, found = validate(RunConfig, values), None
+    if config.load_checkpoint is not None:
+        found = find_checkpoint(config.load_checkpoint, Path(config.runs_dir))
+    if isinstance(found, Resume):
+        found, values = merge(found, values, overrides)
+        config = validate(RunConfig, values)
+    check(config, world)
+    dataset_path = config.data.prepare(Path(config.datasets_dir))
+    info = dataset_info(dataset_path)
+    total_steps = count_steps(config, info)
+    if isinstance(found, Resume):
+        found.check_dataset(info)
+        run_dir, run_id = reopen_run_dir(config, found)
+    else:
+        run_dir, run_id = new_run_dir(config)
+    return ResolvedRun(
+        config, dims_of(info), dataset_path, info, total_steps, world, run_dir, run_id, found
+    )
+
+
+def command(*arguments: str) -> str:
+    """A command line that the user can copy."""
+    return " ".join(("python", Path(sys.argv[0]).name, *arguments))

@@ -1,0 +1,152 @@
+"""`load_checkpoint=`: find it, take its configuration as the base, refuse what cannot match."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data import DatasetInfo
+from training import checkpoint
+from training.config import RunConfig, validate
+from training.errors import ConfigError, nearest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A whole training state to go on from."""
+
+    path: Path  # the checkpoint's folder
+    index: dict[str, Any]
+    changes: tuple[str, ...] = field(default=())  # "key: old → new"
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder that the checkpoint lies in."""
+        return self.path.parent.parent
+
+    def check_dataset(self, info: DatasetInfo) -> None:
+        """Raise ConfigError unless the dataset is the one the state was trained on."""
+        saved = self.index["dataset"]
+        for key in ("seq_len", "vocab_size", "num_puzzle_ids", "fingerprint"):
+            now = getattr(info, key)
+            if saved[key] != now:
+                raise ConfigError(
+                    f"{self.path} was trained on another dataset: {key} was {saved[key]} and is "
+                    f"{now}; to start from its weights only, give its model.safetensors file"
+                )
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A file of weights: a new run starts from them, at step 0."""
+
+    path: Path
+
+
+def find_checkpoint(text: str, runs_dir: Path) -> Resume | WarmStart:
+    """What `text` names: `latest`, a run folder, a checkpoint folder, or a weights file."""
+    path = _latest_run(runs_dir) if text == "latest" else Path(text).expanduser()
+    if path.is_file():
+        return WarmStart(path)
+    if (path / checkpoint.INDEX).exists() or (path.name.startswith("step_") and path.is_dir()):
+        return Resume(path.resolve(), checkpoint.read_index(path))
+    if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
+        found, index = checkpoint.newest(path)
+        return Resume(found.resolve(), index)
+    if path.is_dir():
+        raise ConfigError(
+            f"{path} is neither a run folder nor a checkpoint (no checkpoints/ in it)"
+        )
+    names = [p.name for p in runs_dir.glob("*") if p.is_dir()] if runs_dir.is_dir() else []
+    hint = nearest(path.name, names)
+    raise ConfigError(f"there is no checkpoint at {path}{hint}")
+
+
+def _latest_run(runs_dir: Path) -> Path:
+    indices = [*runs_dir.glob("*/checkpoints/step_*/index.json")]
+    indices += runs_dir.glob("*/*/checkpoints/step_*/index.json")
+    if not indices:
+        raise ConfigError(f"latest: there is no checkpoint in {runs_dir}/ yet")
+    return max(indices, key=lambda p: p.stat().st_mtime_ns).parents[2]
+
+
+def merge(
+    found: Resume, values: dict[str, Any], overrides: list[str]
+) -> tuple[Resume, dict[str, Any]]:
+    """The checkpoint's configuration with only the explicit overrides on top.
+
+    Raises ConfigError where an override contradicts the stored state.
+    """
+    saved = found.index["config"]
+    merged = {**saved, "load_checkpoint": values["load_checkpoint"]}
+    for key in explicit_keys(overrides):
+        merged = _assign(merged, values, key.split("."))
+    old = validate(RunConfig, saved)
+    new = validate(RunConfig, merged)
+    differences = _differences(old.model_dump(), new.model_dump())
+    differences.pop("load_checkpoint", None)
+    for key, (before, after) in differences.items():
+        if _is_fixed(key, old):
+            raise ConfigError(
+                f"{key}={after} cannot continue {found.path}, which was trained with "
+                f"{key}={before}; to start from its weights only, give its model.safetensors file"
+            )
+    changes = tuple(f"{key}: {before} → {after}" for key, (before, after) in differences.items())
+    return Resume(found.path, found.index, changes), merged
+
+
+def explicit_keys(overrides: list[str]) -> list[str]:
+    """Dotted keys that the command line sets: its own, and those of an experiment it names."""
+    keys = []
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key == "experiment":
+            from training.cli import CONFIG_DIR
+
+            preset = yaml.safe_load((CONFIG_DIR / "experiment" / f"{value}.yaml").read_text())
+            preset = preset or {}
+            for default in preset.pop("defaults", []):
+                if isinstance(default, dict):
+                    keys += [k.removeprefix("override").strip(" /") for k in default]
+            keys += _leaves(preset, "")
+        elif not key.startswith("hydra") and key != "load_checkpoint":
+            keys.append(key)
+    return keys
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> list[str]:
+    keys = []
+    for key, value in tree.items():
+        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return keys
+
+
+def _assign(target: dict[str, Any], source: dict[str, Any], path: list[str]) -> dict[str, Any]:
+    """`target` with the value that `source` has at `path`."""
+    head, rest = path[0], path[1:]
+    value = source[head]
+    if rest:
+        value = _assign(target.get(head) or {}, source[head], rest)
+    return {**target, head: value}
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in {**old, **new}:
+            found |= _differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+        return found
+    return {} if old == new else {prefix: (old, new)}
+
+
+def _is_fixed(key: str, config: RunConfig) -> bool:
+    section, _, rest = key.partition(".")
+    if section == "arch":
+        return rest.partition(".")[0] not in config.arch.tunable
+    return key == "optim.name" or section in config.fixed

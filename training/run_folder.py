@@ -1,0 +1,138 @@
+"""Run folders: `runs/NAME/`, which explains itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from training.config import RunConfig
+from training.errors import ConfigError
+
+if TYPE_CHECKING:
+    from training.resume import Resume
+
+_PACKAGES = ("torch", "triton", "numpy", "hydra-core", "pydantic", "safetensors", "wandb")
+_README = """# {name}
+
+A training run of Loopwright, started with
+
+    {command}
+
+| file | what |
+|---|---|
+| config.yaml | every setting of the run |
+| environment.json | code version, packages, machine |
+| metrics.jsonl | one line per log interval and evaluation |
+| log.txt | what was said on the way |
+| summary.json | the result, once there is one |
+| checkpoints/ | whole training states: the newest ones and the best |
+
+    python evaluate.py checkpoint={run_dir}          evaluate it
+    python pretrain.py load_checkpoint={run_dir}     continue it exactly where it stopped
+"""
+
+
+def new_run_dir(config: RunConfig) -> tuple[Path, str]:
+    """Choose and create a new run folder; returns it and the run's id."""
+    run_id = secrets.token_hex(4)
+    runs_dir = Path(config.runs_dir)
+    if config.run_name is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        run_dir = runs_dir / f"{config.data.name}-{config.arch.name}-{stamp}-{run_id}"
+    else:
+        run_dir = runs_dir / config.run_name
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise ConfigError(
+                f"run_name={config.run_name}: {run_dir} exists already; choose another name, or "
+                f"continue it with load_checkpoint={run_dir}"
+            )
+    _create(run_dir)
+    return run_dir, run_id
+
+
+def reopen_run_dir(config: RunConfig, resume: Resume) -> tuple[Path, str]:
+    """The folder of the resumed run, or a new one if the user gave another run_name."""
+    if config.run_name is not None and config.run_name != resume.index["config"]["run_name"]:
+        return new_run_dir(config)
+    return Path(os.path.relpath(resume.run_dir)), resume.index["run_id"]
+
+
+def _create(run_dir: Path) -> None:
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder {run_dir} cannot be created: {error.strerror}; "
+            "set runs_dir to a writable folder"
+        ) from None
+
+
+def describe(run_dir: Path, config: RunConfig) -> None:
+    """Write README.md, config.yaml and environment.json."""
+    values = config.model_dump(mode="json")
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    text = _README.format(name=run_dir.name, command=command, run_dir=run_dir)
+    (run_dir / "README.md").write_text(text)
+    (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Code version, packages and machine."""
+    packages = {}
+    for package in _PACKAGES:
+        try:
+            packages[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            packages[package] = None
+    return {
+        "code": code_version(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
+    }
+
+
+def code_version() -> str:
+    """The commit of the code, with `-dirty` where files were changed; `unknown` outside git."""
+    root = Path(__file__).parent.parent
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root, capture_output=True, text=True, timeout=5, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json."""
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for this process; ConfigError if another one trains in it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no advisory locks of this kind
+        yield
+        return
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process is training in {run_dir}; wait for it") from None
+        yield

@@ -1,0 +1,188 @@
+"""`TrainState`: everything that decides the future of a run, and nothing else.
+
+What is not in it cannot influence the next step; so a resume is exact by construction. The loader
+is a pure function of the step, random numbers are a pure function of (seed, step, row).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data import PuzzleDataset, TrainLoader
+from models import ACT, Carry, build_model
+from optim import EMA, SparseSignSGD
+from optim.base import DeviceOptimizer
+from training.checkpoint import read_tensors
+from training.errors import ConfigError
+from training.resolve import ResolvedRun
+from training.resume import Resume, WarmStart
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("count", "accuracy", "exact_accuracy", "q_halt_accuracy", "steps")
+LOSSES = ("lm_loss", "q_halt_loss", "q_continue_loss")
+SUMS = (*METRICS, *LOSSES, "grad_norm", "train_steps")
+
+
+class TrainState:
+    """Model, optimizers, average, carry, counters and metric sums of one run, on one device."""
+
+    def __init__(self, run: ResolvedRun, dataset: PuzzleDataset, device: torch.device) -> None:
+        config = run.config
+        self.device, self.step = device, 0
+        model = build_model(config.arch, run.dims, seed=config.seed, device=device)
+        model.requires_grad_(not config.freeze_weights)
+        self.model, self.act = model, ACT(model).train()
+        self.optimizers: dict[str, DeviceOptimizer] = {}
+        if not config.freeze_weights:
+            named = list(model.named_parameters())
+            self.optimizers[config.optim.name] = config.optim.build(named, lr=0.0)
+        if model.embedding.puzzles is not None:
+            self.optimizers["sparse_signsgd"] = SparseSignSGD(
+                [("embedding.puzzles", model.embedding.puzzles)],
+                lr=0.0,
+                weight_decay=config.puzzle_emb_weight_decay,
+            )
+        self._check_ownership(config.freeze_weights)
+        self.ema = EMA(model.named_parameters(), config.ema_rate) if config.ema else None
+        self.loader = TrainLoader(
+            dataset,
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            num_aug=config.data.num_aug,
+            rank=run.world.rank,
+            world_size=run.world.size,
+            device=device,
+        )
+        self.carry: Carry = self.act.initial_carry(self.loader.batch(0))
+        self.step_counter = torch.zeros((), dtype=torch.int64, device=device)  # the step, there
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)  # steps held back
+        self.sums = {name: torch.zeros((), device=device) for name in SUMS}  # since the last log
+        self.row_numbers = torch.arange(
+            self.loader.local.start, self.loader.local.stop, device=device
+        )
+
+    def _check_ownership(self, frozen: bool) -> None:
+        owned = [p for o in self.optimizers.values() for g in o.param_groups for p in g["params"]]
+        wanted = [] if frozen else list(self.model.parameters())
+        if self.model.embedding.puzzles is not None:
+            wanted.append(self.model.embedding.puzzles)
+        assert sorted(map(id, owned)) == sorted(map(id, wanted)), (
+            "every parameter belongs to exactly one optimizer"
+        )
+
+    # What a checkpoint holds
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors of the state, by file and name (not copies)."""
+        carry = {f"state.{k}": v for k, v in self.carry.state.items()}
+        carry |= {f"batch.{k}": v for k, v in self.carry.batch.items()}
+        carry |= {"steps": self.carry.steps, "halted": self.carry.halted}
+        carry |= {f"sums.{k}": v for k, v in self.sums.items()}
+        carry["nonfinite"] = self.nonfinite
+        files = {
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer_tensors(),
+            "carry": carry,
+        }
+        if self.ema is not None:
+            files["ema"] = self.ema.state_dict()
+        return files
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        """Every optimizer's tensors in place, named `OPTIMIZER/PARAMETER/MOMENT`."""
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        names |= {id(b): n for n, b in self.model.named_buffers()}
+        tensors = {}
+        for kind, optimizer in self.optimizers.items():
+            for number, group in enumerate(optimizer.param_groups):
+                tensors[f"{kind}/groups/{number}/lr"] = group["lr"]
+                for p in group["params"]:
+                    for moment, value in optimizer.state[p].items():
+                        tensors[f"{kind}/{names[id(p)]}/{moment}"] = value
+        return tensors
+
+    def restore(self, resume: Resume) -> None:
+        """Fill every tensor of the state from a checkpoint; ConfigError if one does not match."""
+        for stem, tensors in self.files().items():
+            saved = read_tensors(resume.path, stem)
+            _copy_all(tensors, saved, f"{resume.path / stem}.safetensors")
+        self.step = int(resume.index["step"])
+        self.step_counter.fill_(self.step)
+        logger.info("restored from %s:", resume.path)
+        logger.info("  step %d, parameters, optimizer states (%s), EMA %s, carry, metric sums",
+                    self.step, ", ".join(self.optimizers), "yes" if self.ema else "no")  # fmt: skip
+        for change in resume.changes:
+            logger.info("  changed on the command line: %s", change)
+        if not resume.changes:
+            logger.info("  no setting was changed")
+
+    def warm_start(self, start: WarmStart) -> None:
+        """Take the weights, and nothing else, from a file."""
+        saved = read_weights(start)
+        own = self.model.state_dict()
+        _copy_all(own, saved, str(start.path))
+        if self.ema is not None:
+            self.ema.load_state_dict({k: own[k] for k in self.ema.shadow})
+        logger.info("warm start: weights from %s, everything else new, at step 0", start.path)
+
+
+def read_weights(start: WarmStart) -> dict[str, Tensor]:
+    """The tensors of a weights file under our names (with or without `_orig_mod.`).
+
+    A `.safetensors` file, or a torch file, of which only tensors are unpickled.
+    """
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from models.legacy import from_reference, is_reference
+
+    try:
+        if start.path.suffix == ".safetensors":
+            tensors: Any = load_file(start.path)
+        else:
+            tensors = torch.load(start.path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"{start.path} cannot be read as a weights file ({reason}); give a .safetensors file "
+            "or a torch file that holds tensors only"
+        ) from None
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ConfigError(f"{start.path} is not a state dict: it should map names to tensors")
+    try:
+        if is_reference(tensors):
+            return from_reference(tensors)
+    except KeyError as error:
+        raise ConfigError(f"{start.path}: {error.args[0]}") from None
+    return {k.replace("_orig_mod.", "").removeprefix("model."): t for k, t in tensors.items()}
+
+
+@torch.no_grad()
+def _copy_all(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str) -> None:
+    """Copy `saved` into `own` in place, after checking every name and shape."""
+    missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    if missing or unknown:
+        raise ConfigError(
+            f"{source} does not fit this model: "
+            + "; ".join(
+                f"{len(names)} tensors are {what}, such as {names[0]}"
+                for what, names in (("missing", missing), ("unknown", unknown))
+                if names
+            )
+        )
+    for name, tensor in own.items():
+        if saved[name].shape != tensor.shape:
+            raise ConfigError(
+                f"{source} does not fit this model: {name} has shape "
+                f"{list(saved[name].shape)} there and {list(tensor.shape)} here"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
