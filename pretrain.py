@@ -34,5 +34,5 @@ def composed_overrides() -> list[str]:
 if __name__ == "__main__":
     set_up_logging()
     with reported():
-        preflight("cfg_pretrain", RunConfig, sys.argv[1:])
+        sys.argv[1:] = preflight("cfg_pretrain", RunConfig, sys.argv[1:])
     main()

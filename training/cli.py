@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel
 
 from training.config import known_keys, sections, validate
@@ -65,6 +65,12 @@ def check_override(override: Override, schema: type[BaseModel]) -> None:
         return
     if override.is_delete():
         raise ConfigError(f"'{override.input_line}' deletes a key; set {key} to a value instead")
+    section, _, rest = key.partition(".")
+    if rest == "name" and section in GROUPS:
+        raise ConfigError(
+            f"{key} comes with its preset; choose one with {section}=NAME"
+            f"{nearest(str(override.get_value_element_as_str()), choices(section))}"
+        )
     groups = [g for g in GROUPS if g in schema.model_fields or (CONFIG_DIR / g).is_dir()]
     if key in groups and not isinstance(override.value(), dict):
         values = list(override.sweep_iterator()) if override.is_sweep_override() else None
@@ -93,21 +99,22 @@ def compose_values(config_name: str, overrides: list[str]) -> dict[str, Any]:
     """Compose the YAML files with `overrides` into plain values."""
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            composed = compose(config_name, overrides=overrides)
+            composed = compose(config_name, overrides=overrides, return_hydra_config=True)
+        composed.pop("hydra")
         return plain(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
+        reason = str(error).splitlines()[0]
         raise ConfigError(f"the configuration cannot be composed: {reason}") from None
 
 
 def plain(composed: Any) -> dict[str, Any]:
-    """An OmegaConf tree as plain values, interpolations resolved, Hydra's own part dropped."""
+    """An OmegaConf tree as plain values, interpolations resolved."""
     try:
-        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} is missing; give it a value") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    values.pop("hydra", None)
-    return values
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
 
 
 def expand_sweep(overrides: list[Override]) -> list[list[str]]:
@@ -117,34 +124,60 @@ def expand_sweep(overrides: list[Override]) -> list[list[str]]:
     return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
 
 
-def preflight(config_name: str, schema: type[BaseModel], argv: list[str]) -> None:
-    """Answer --help, and check the whole command line: ConfigError names what is wrong."""
+_INFORM = {"--hydra-help", "--version", "--shell-completion", "-sc", "--resolve"}
+_MULTIRUN, _RUN = {"--multirun", "-m"}, {"--run", "-r"}
+
+
+def preflight(config_name: str, schema: type[BaseModel], argv: list[str]) -> list[str]:
+    """Answer --help, and check the whole command line: ConfigError names what is wrong.
+
+    Returns the arguments for Hydra.
+    """
     flags, arguments = split_arguments(argv)
     if {"--help", "-h"} & set(flags):
         sys.stdout.write(help_text(config_name, schema))
         sys.exit(0)
-    known = {"--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version"}
-    known |= {"--shell-completion", "-sc"} | _FLAGS_WITH_VALUE
+    known = _MULTIRUN | _RUN | _INFORM | _FLAGS_WITH_VALUE
     for flag in flags:
         if flag.startswith("-") and flag.split("=")[0] not in known:
             raise ConfigError(f"there is no option {flag}{nearest(flag, known)}")
     overrides = parse_overrides(arguments)
     for override in overrides:
         check_override(override, schema)
-    if set(flags) - {"--multirun", "-m", "--run", "-r"}:
-        return  # asks Hydra for information, or for other YAML files: it composes by itself
-    if {"--multirun", "-m"} & set(flags):
-        jobs = expand_sweep(overrides)
-    else:
+    _refuse_twice(overrides)
+    if set(flags) - _MULTIRUN - _RUN:
+        return argv  # asks Hydra for information, or for other YAML files: it composes by itself
+    if "data" in schema.model_fields and _nullable(schema, "data"):
+        arguments = _onto_null_data(arguments)
+    if not _MULTIRUN & set(flags):
         for override in overrides:
             if override.is_sweep_override():
                 raise ConfigError(
                     f"'{override.input_line}' gives several values; add -m to run them all"
                 )
-        jobs = [arguments]
-    for job in jobs:
-        job = [text for text in job if not text.startswith(("hydra.", "hydra/"))]
+        compose_values(config_name, arguments)
+        return [*flags, *arguments]
+    for job in expand_sweep(overrides):
         validate(schema, compose_values(config_name, job))
+    return argv
+
+
+def _refuse_twice(overrides: list[Override]) -> None:
+    seen: dict[str, str | None] = {}
+    for override in overrides:
+        key = override.key_or_group
+        if key in seen and seen[key] != override.input_line:
+            raise ConfigError(
+                f"'{seen[key]}' and '{override.input_line}' both set {key}; keep one of them"
+            )
+        seen[key] = override.input_line
+
+
+def _onto_null_data(arguments: list[str]) -> list[str]:
+    """`data.key=value` without a `data=` preset adds to the checkpoint's own data settings."""
+    if any(text.startswith("data=") for text in arguments):
+        return arguments
+    return [f"++{text}" if text.startswith("data.") else text for text in arguments]
 
 
 def help_text(config_name: str, schema: type[BaseModel]) -> str:
@@ -183,7 +216,7 @@ def help_text(config_name: str, schema: type[BaseModel]) -> str:
 def _describe(schema: type[BaseModel], values: dict[str, Any], prefix: str) -> list[str]:
     lines = []
     for name, field in schema.model_fields.items():
-        value, nested = values.get(name), sections(field.annotation)
+        value, nested = values.get(name), sections(field)
         if nested and isinstance(value, dict):
             chosen = [c for c in nested if _is_named(c, value.get("name"))] or nested
             lines += _describe(chosen[0], value, f"{prefix}{name}.")

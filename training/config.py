@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
-from data import DATASETS
+from data import DATASETS, DatasetConfig
 from models import ARCHITECTURES
 from optim import OPTIMIZERS
 from training.errors import ConfigError, nearest
@@ -19,6 +21,13 @@ def _one_of(table: dict[str, type[BaseModel]]) -> Any:
     if len(classes) == 1:
         return classes[0]
     return Annotated[Union[classes], Field(discriminator="name")]  # noqa: UP007 (built at run time)
+
+
+@dataclass(frozen=True)
+class KeysOf:
+    """Marks a field of plain values that are keys of one of a table's classes."""
+
+    table: dict[str, type[BaseModel]]
 
 
 class Section(BaseModel):
@@ -100,7 +109,9 @@ class EvaluateConfig(Section):
     checkpoint: str | None = Field(
         None, min_length=1, description="run folder, checkpoint, or latest"
     )
-    data: _one_of(DATASETS) | None = Field(None, description="null: the checkpoint's own test sets")
+    data: Annotated[dict[str, Any] | None, KeysOf(DATASETS)] = Field(
+        None, description="test data: a preset, or keys on top of the checkpoint's; null: its own"
+    )
     weights: Literal["ema", "model"] = Field("ema", description="which weights")
     which: Literal["newest", "best"] = Field("newest", description="checkpoint of a run folder")
     device: Device = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
@@ -131,7 +142,7 @@ def _sentence(schema: type[Section], error: ValidationError) -> str:
     path = [p for p in path if not p.startswith(("tuple[", "list[", "literal[", "function-"))]
     key, given, kind = ".".join(path) or "the configuration", first.get("input"), first["type"]
     if kind == "extra_forbidden":
-        return f"there is no key {key}{nearest(key, known_keys(schema))}"
+        return f"there is no key {key}{nearest(key, known_keys(schema) - {key})}"
     if kind == "missing":
         return f"{key} is missing; give it a value"
     if kind.startswith("union_tag"):
@@ -139,7 +150,7 @@ def _sentence(schema: type[Section], error: ValidationError) -> str:
         return f"{key}.name={name} is unknown{nearest(str(name), tables.get(key, ()))}"
     message = first["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return f"{key}: {message}"
+        return message if message.startswith(path[0] + ".") else f"{key}: {message}"
     if kind == "string_pattern_mismatch" and key == "device":
         message = "should be auto, cpu, mps, cuda or cuda:N"
     elif kind == "string_pattern_mismatch":
@@ -152,13 +163,27 @@ def known_keys(schema: type[BaseModel], prefix: str = "") -> set[str]:
     keys = set()
     for name, field in schema.model_fields.items():
         keys.add(prefix + name)
-        for section in sections(field.annotation):
+        for section in sections(field):
             keys |= known_keys(section, f"{prefix}{name}.")
     return keys
 
 
-def sections(annotation: Any) -> list[type[BaseModel]]:
-    """The config classes that a field's annotation can hold."""
+def sections(field: FieldInfo) -> list[type[BaseModel]]:
+    """The config classes that a field can hold."""
+    marked = [c for m in field.metadata if isinstance(m, KeysOf) for c in m.table.values()]
+    return marked or _models_in(field.annotation)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [c for part in getattr(annotation, "__args__", ()) for c in sections(part)]
+    return [c for part in getattr(annotation, "__args__", ()) for c in _models_in(part)]
+
+
+class _DataOnly(Section):
+    data: _one_of(DATASETS)
+
+
+def validate_data(values: dict[str, Any]) -> DatasetConfig:
+    """A dataset's configuration from plain values; ConfigError names the first wrong key."""
+    return validate(_DataOnly, {"data": values}).data

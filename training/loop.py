@@ -55,7 +55,10 @@ class StopSignal:
 
 
 def train(run: ResolvedRun) -> dict[str, Any]:
-    """Train to the end, or until a signal; returns the summary. ConfigError on what a user can mend."""
+    """Train to the end, or until a signal; returns the summary.
+
+    Raises ConfigError on what a user can mend.
+    """
     set_up_logging(run.run_dir / "log.txt")
     with lock(run.run_dir), memory_advice(run.config):
         return Trainer(run).fit()
