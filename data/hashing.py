@@ -38,5 +38,5 @@ def hash32(stream: int, *words: Words) -> Words:
 
 
 def below(h: Words, bound: Words) -> Words:
-    """Map hashes uniformly onto [0, bound); `bound` at most 2^31 - 1 (bias at most bound / 2^32)."""
+    """Map hashes to [0, bound), uniform but for a bias of bound / 2^32; bound below 2^31."""
     return (h * bound) >> 32

@@ -48,8 +48,7 @@ def candidates_4x4(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As `data.sudoku_solver.candidates`, with the solutions drawn from some of the grids.
 
-    Args:
-        grids: (k,) row numbers of `grids_4x4`.
+    `grids` (k,) are row numbers of `grids_4x4`.
     """
     number = np.arange(first, first + count)
     grid = grids[below(hash32(_GRID, seed, stream, number), len(grids))]  # (count,)

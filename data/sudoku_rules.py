@@ -5,6 +5,7 @@ r stacks of c columns. Grids are (puzzles, n²) uint8 in row-major order, 0 bein
 """
 
 from functools import lru_cache
+from itertools import combinations
 
 import numpy as np
 
@@ -33,6 +34,36 @@ def is_solution(grids: np.ndarray, box: tuple[int, int]) -> np.ndarray:
     for unit in units(box):
         valid = valid & (np.bitwise_or.reduce(bits[:, unit], axis=1) == full)
     return valid
+
+
+def has_swap(questions: np.ndarray, answers: np.ndarray, box: tuple[int, int]) -> np.ndarray:
+    """(puzzles,) bool: can two digits change places somewhere without touching a clue?
+
+    Where they can, the puzzle has a second solution. This needs no search and finds the common
+    ambiguities, not all. For each pair of digits, the rows are joined whose cells of the two share
+    a column or a box; exchanging the digits in a joined set of rows keeps every unit valid.
+    """
+    n = box[0] * box[1]
+    count = len(questions)
+    grid_rows = np.arange(n)
+    place = np.argsort(answers.reshape(count, n, n), axis=2, kind="stable")  # column of each digit
+    row_of = np.argsort(place, axis=1, kind="stable")  # (puzzles, column, digit) its row
+    box_of = (grid_rows[None, :, None] // box[0]) * box[0] + place // box[1]
+    row_in_box = np.argsort(box_of, axis=1, kind="stable")  # (puzzles, box, digit) its row
+    clue = np.take_along_axis(questions.reshape(count, n, n) > 0, place, axis=2)
+    found = np.zeros(count, bool)
+    for a, b in combinations(range(n), 2):
+        joined = [
+            np.take_along_axis(where[:, :, other], at[:, :, one], axis=1)
+            for where, at in ((row_of, place), (row_in_box, box_of))
+            for one, other in ((a, b), (b, a))
+        ]
+        held = clue[:, :, a] | clue[:, :, b]  # rows with a clue of the two, and what is joined
+        for _ in range(n // 2):
+            for link in joined:
+                held = held | np.take_along_axis(held, link, axis=1)
+        found |= ~held.all(axis=1)
+    return found
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

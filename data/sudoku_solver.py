@@ -11,18 +11,22 @@ from functools import lru_cache
 
 import numpy as np
 
+from data.hashing import below, hash32
 from data.sudoku_rules import units
+
+# Streams of the hash.
+_SOLUTION_HIGH, _SOLUTION_LOW, _TARGET, _ORDER = 0x41, 0x42, 0x43, 0x44
 
 
 @lru_cache
 def _tables(box: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(n², 3) unit numbers of each cell (row, column, box), and (3n, n) cells of each unit."""
+    """What the kernels need: unit numbers of each cell (n², 3), and bit counts (2^(n+1),)."""
     cells_of = units(box)
     n = cells_of.shape[1]
     unit_of = np.empty((n * n, 3), np.int64)
     for unit, cells in enumerate(cells_of):
         unit_of[cells, unit // n] = unit
-    return unit_of, np.ascontiguousarray(cells_of, dtype=np.int64)
+    return unit_of, np.array([i.bit_count() for i in range(2 ** (n + 1))], np.int64)
 
 
 def _in_threads(count: int, work: Callable[[slice], None]) -> None:
@@ -41,6 +45,8 @@ def solve(
 
     Args:
         questions: (puzzles, n²) uint8, 0 blank.
+        box: rows and columns of a box.
+        limit: how many solutions to look for; 2 tells whether there is one only.
 
     Returns:
         solutions found, at most `limit` (puzzles,) int32; guesses that the search took, which is
@@ -49,14 +55,14 @@ def solve(
     """
     from data import sudoku_kernels
 
-    unit_of, cells_of = _tables(box)
+    unit_of, bits = _tables(box)
     questions = np.ascontiguousarray(questions, dtype=np.uint8)
     counts, ratings = np.zeros(len(questions), np.int32), np.zeros(len(questions), np.int32)
     solutions = np.zeros_like(questions)
 
     def work(part: slice) -> None:
         sudoku_kernels.rate(
-            questions[part], unit_of, cells_of, limit, counts[part], ratings[part], solutions[part]
+            questions[part], unit_of, bits, limit, counts[part], ratings[part], solutions[part]
         )
 
     _in_threads(len(questions), work)
@@ -84,14 +90,22 @@ def candidates(
     """
     from data import sudoku_kernels
 
-    unit_of, cells_of = _tables(box)
+    unit_of, bits = _tables(box)
     cells = len(unit_of)
+    number = np.arange(first, first + count)
+    keys = hash32(_ORDER, seed, stream, number[:, None], np.arange(cells))
+    orders = np.argsort(keys, axis=1, kind="stable")
+    targets = low + below(hash32(_TARGET, seed, stream, number), high - low + 1)
+    high_word, low_word = (
+        hash32(s, seed, stream, number).astype(np.uint64) for s in (_SOLUTION_HIGH, _SOLUTION_LOW)
+    )
+    shuffles = (high_word << np.uint64(32)) | low_word | np.uint64(1)
     questions, answers = np.zeros((2, count, cells), np.uint8)
     ratings = np.zeros(count, np.int32)
 
     def work(part: slice) -> None:
         sudoku_kernels.generate(
-            seed, stream, first + part.start, low, high, unit_of, cells_of,
+            orders[part], targets[part], shuffles[part], unit_of, bits,
             questions[part], answers[part], ratings[part],
         )  # fmt: skip
 
