@@ -100,8 +100,7 @@ def compose_values(config_name: str, overrides: list[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = compose(config_name, overrides=overrides, return_hydra_config=True)
-        composed.pop("hydra")
-        return plain(composed)
+        return plain(OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"]))
     except (HydraException, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"the configuration cannot be composed: {reason}") from None
