@@ -18,8 +18,8 @@ from data.sudoku_rules import BOXES
 # (inputs, labels, puzzles, indices) → (inputs, labels); tokens (B, L), puzzles and indices (B,)
 Augmentation = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# Streams of the hash: one number per purpose, so that draws are independent of each other.
-_DIGITS, _ROWS, _COLUMNS, _TRANSPOSE = 0x51, 0x52, 0x53, 0x54
+# Streams of the hash for digits, rows, columns and transposition: independent draws.
+_STREAMS = (0x51, 0x52, 0x53, 0x54)
 
 
 def _line_permutations(groups: int, size: int) -> Tensor:
@@ -69,11 +69,9 @@ class SudokuAugmentation:
         self.rows = (_line_permutations(c, r) * self.size).to(device)  # (c!·r!^c, n)
         self.columns = _line_permutations(r, c).to(device)  # (r!·c!^r, n)
         self.digits = _digit_maps(self.size).to(device)  # (n!, n + 2)
-
-    def _draw(self, stream: int, count: int, puzzles: Tensor, indices: Tensor) -> Tensor:
-        """(B,) draws from [0, count); 0 where the augmentation index is 0."""
-        drawn = below(hash32(stream, self.seed, puzzles, indices), count)
-        return drawn * (indices != 0)
+        counts = [len(self.digits), len(self.rows), len(self.columns), 2]
+        self.counts = torch.tensor(counts, device=device)[:, None]  # (4, 1)
+        self.streams = torch.tensor(_STREAMS, device=device)[:, None]  # (4, 1)
 
     def __call__(
         self, inputs: Tensor, labels: Tensor, puzzles: Tensor, indices: Tensor
@@ -87,12 +85,13 @@ class SudokuAugmentation:
             indices: (B,) int64, which augmentation of it; 0 leaves the row as it is.
         """
         n = self.size
-        rows = self.rows[self._draw(_ROWS, len(self.rows), puzzles, indices)]  # (B, n)
-        columns = self.columns[self._draw(_COLUMNS, len(self.columns), puzzles, indices)]
-        digits = self.digits[self._draw(_DIGITS, len(self.digits), puzzles, indices)]  # (B, n + 2)
+        drawn = below(hash32(self.streams, self.seed, puzzles, indices), self.counts)  # (4, B)
+        digit, row, column, flip = drawn * (indices != 0)  # number 0 of each table: the identity
+        rows, columns = self.rows[row], self.columns[column]  # (B, n)
         if self.square:  # new[i, j] = old[row(j), column(i)]
-            flip = self._draw(_TRANSPOSE, 2, puzzles, indices).bool()[:, None]
+            flip = flip.bool()[:, None]
             rows, columns = torch.where(flip, columns, rows), torch.where(flip, rows, columns)
+        digits = self.digits[digit]  # (B, n + 2)
         source = (rows[:, :, None] + columns[:, None, :]).reshape(-1, n * n)
 
         def transform(tokens: Tensor) -> Tensor:

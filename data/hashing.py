@@ -25,7 +25,7 @@ def mix32(x: Words) -> Words:
     return x ^ (x >> 15)
 
 
-def hash32(stream: int, *words: Words) -> Words:
+def hash32(stream: Words, *words: Words) -> Words:
     """Hash non-negative 63-bit words to [0, 2^32); words broadcast against each other.
 
     `stream` separates the uses of equal words: one number per purpose.

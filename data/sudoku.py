@@ -1,6 +1,5 @@
 """Sudoku: generated, or from CSV files. Tokens: pad 0, blank 1, digit d → d + 1."""
 
-import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,17 +9,20 @@ from pydantic import Field, field_validator, model_validator
 from data.config import DatasetConfig, Seed, file_sha256, require_file
 from data.errors import DataError
 from data.format import write_dataset
-from data.hashing import hash32
 from data.puzzles import PuzzleDataset, PuzzleSet
 from data.sudoku_4x4 import NUM_GRIDS
 from data.sudoku_csv import SUFFIXES, SudokuTable, check_header, read_sudoku_csv, require_unique
 from data.sudoku_generate import GeneratorSpec, generate_splits, most_puzzles_4x4
-from data.sudoku_rules import BOXES, FEWEST_CLUES, symmetry_hash
-
-logger = logging.getLogger(__name__)
+from data.sudoku_rules import BOXES, FEWEST_CLUES
+from data.sudoku_split import (
+    hold_out,
+    refuse_shared,
+    select_ratings,
+    subsample,
+    warn_of_equivalents,
+)
 
 _BUILDER = 1  # raise it when the same configuration gives another dataset
-_SUBSAMPLE, _SPLIT = 0x21, 0x22  # streams of the hash
 _UNLIMITED = 2**31 - 1
 
 _DEFAULT_TRAIN = {(2, 2): 20_000, (2, 3): 20_000, (3, 2): 20_000, (3, 3): 1_000}
@@ -255,76 +257,19 @@ class SudokuConfig(DatasetConfig):
     def _read_splits(self) -> tuple[SudokuTable, SudokuTable]:
         """Read, validate and split the CSV files; the cheap checks of both come first."""
         files = self._files()
-        tables = {key: read_sudoku_csv(path, self.box) for key, path in files.items()}
-        train, test = tables["train_csv"], tables.get("test_csv")
-        if test is None:
-            train, test = self._hold_out(train)
-        _refuse_overlap(files, train, test)
-        train = self._select(files["train_csv"], train)
-        if self.check_unique:
-            require_unique(files["train_csv"], train, self.box)
-            require_unique(files.get("test_csv", files["train_csv"]), test, self.box)
-        known = symmetry_hash(train.questions, train.answers, self.box)
-        equivalent = np.isin(symmetry_hash(test.questions, test.answers, self.box), known)
-        if equivalent.any():
-            logger.warning(
-                "%d of %d test puzzles look symmetry-equivalent to training puzzles",
-                equivalent.sum(), len(test),
-            )  # fmt: skip
-        return train, test
-
-    def _hold_out(self, table: SudokuTable) -> tuple[SudokuTable, SudokuTable]:
-        """Split off `test_fraction` of the rows; equivalent puzzles stay together."""
-        classes = symmetry_hash(table.questions, table.answers, self.box)
-        if self.box == (2, 2):  # by solution grid
-            classes = np.unique(table.answers, axis=0, return_inverse=True)[1].reshape(-1)
-        _, number, sizes = np.unique(classes, return_inverse=True, return_counts=True)
-        order = np.argsort(hash32(_SPLIT, self.seed, np.arange(len(sizes))), kind="stable")
-        enough = np.searchsorted(np.cumsum(sizes[order]), self.test_fraction * len(table)) + 1
-        held_out = np.zeros(len(sizes), bool)
-        held_out[order[:enough]] = True
-        in_test = held_out[number.reshape(-1)]
-        if in_test.all():
-            raise DataError(
-                f"data.test_fraction={self.test_fraction} leaves nothing to train on: "
-                f"{self.train_csv} holds {len(sizes)} kinds of puzzles."
-            )
-        return table.take(~in_test), table.take(in_test)
-
-    def _select(self, path: Path, train: SudokuTable) -> SudokuTable:
-        """Apply the limits on the rating, and take the seeded subsample."""
-        low, high = self.rating_range
-        if train.ratings is not None and (self.min_rating, self.max_rating) != (None, None):
-            train = train.take((train.ratings >= low) & (train.ratings <= high))
-            if not len(train):
-                raise DataError(
-                    f"{path} has no puzzle with a rating from {low} to {high}; change "
-                    "data.min_rating or data.max_rating."
-                )
-        if self.max_train is not None and self.max_train > len(train):
-            raise DataError(
-                f"data.max_train={self.max_train} is more than the {len(train)} puzzles of {path}; "
-                "leave it out to take all."
-            )
+        train_file, test_file = files["train_csv"], files.get("test_csv")
+        train = read_sudoku_csv(train_file, self.box)
+        if test_file is None:
+            train, test = hold_out(train, train_file, self.box, self.test_fraction, self.seed)
+        else:
+            test = read_sudoku_csv(test_file, self.box)
+            refuse_shared(train, train_file, test, test_file)
+        if self.min_rating is not None or self.max_rating is not None:
+            train = select_ratings(train, train_file, self.rating_range)
         if self.max_train is not None:
-            keys = hash32(_SUBSAMPLE, self.seed, np.arange(len(train)))
-            train = train.take(np.sort(np.argsort(keys, kind="stable")[: self.max_train]))
-        return train
-
-
-def _refuse_overlap(files: dict[str, Path], train: SudokuTable, test: SudokuTable) -> None:
-    """Refuse a question that is in both splits; count the repeated ones of the training split."""
-    lines = {q.tobytes(): i for q, i in zip(train.questions, train.lines, strict=True)}
-    if len(lines) < len(train):
-        logger.info("%d puzzles of the training file are repeated", len(train) - len(lines))
-    shared = [
-        (lines[q.tobytes()], i)
-        for q, i in zip(test.questions, test.lines, strict=True)
-        if q.tobytes() in lines
-    ]
-    if shared:
-        raise DataError(
-            f"{files['test_csv']}, line {shared[0][1]}: this puzzle is in {files['train_csv']}, "
-            f"line {shared[0][0]}, too ({len(shared)} shared in all); remove them from one of the "
-            "files."
-        )
+            train = subsample(train, train_file, self.max_train, self.seed)
+        if self.check_unique:
+            require_unique(train_file, train, self.box)
+            require_unique(test_file or train_file, test, self.box)
+        warn_of_equivalents(train, test, self.box)
+        return train, test
