@@ -105,9 +105,9 @@ def test_seed_puzzle_and_index_all_matter():
 
 
 def test_uniform_over_the_group_of_2x2():
-    # A grid of distinct tokens would show the element itself; here: the numbers that are drawn.
+    # These two grids together look different under every element of the group.
     augment = SudokuAugmentation((2, 2), seed=0, device=CPU)
-    inputs, labels = example((2, 2), 1)
+    _, labels = example((2, 2), 1)
     puzzles = torch.arange(100).repeat_interleave(3000)
     indices = torch.arange(1, 3001).repeat(100)
     cells = torch.arange(16, dtype=torch.uint8)[None] % 6

@@ -135,8 +135,8 @@ def test_groups_give_all_examples_of_one_puzzle(num_sets):
             count = {3: 1, 4: 4, 5: 2}[int(three)]
             seen, times = np.unique(tokens[puzzle == three], return_counts=True)
             assert len(seen) == count and (times == 4 // count).all()
-        expected = {15 * k + e: p + 1 + 7 * k for k in range(num_sets)
-                    for e, p in enumerate(np.searchsorted(ends, np.arange(15), side="right"))}  # fmt: skip
+        owner = np.searchsorted(ends, np.arange(15), side="right")
+        expected = {15 * k + e: p + 1 + 7 * k for k in range(num_sets) for e, p in enumerate(owner)}
         ids = [expected[t] for t in batch["inputs"][:, 0].tolist()]
         assert batch["puzzle_ids"].tolist() == ids
     assert drawn == set(range(7))
@@ -198,7 +198,7 @@ def test_misuse_is_refused_in_a_sentence(sudoku4):
     for size, world in ((0, 1), (9, 2), (-4, 2)):
         with pytest.raises(DataError, match="global_batch_size"):
             TrainLoader(train, global_batch_size=size, seed=0, world_size=world, device=CPU)
-    with pytest.raises(DataError, match="'hard'.*'all'"):
+    with pytest.raises(DataError, match=r"'hard'.*'all'"):
         EvalLoader(test, set_name="hard", batch_size=8, device=CPU)
     with pytest.raises(DataError, match="max_examples"):
         EvalLoader(test, set_name="all", batch_size=8, max_examples=0, device=CPU)
