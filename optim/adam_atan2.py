@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from optim.base import DeviceOptimizer, Params, work_dtype
+from optim.adam_like import AdamLike
+from optim.base import Params, work_dtype
 from optim.base import bias_correction as _correction
 
 BiasCorrection = Literal["outside", "inside"]
@@ -71,7 +72,7 @@ def adam_atan2_update(
     return p.to(param.dtype), m, v
 
 
-class AdamATan2(DeviceOptimizer):
+class AdamATan2(AdamLike):
     """AdamATan2 over groups of parameters; the rule is `adam_atan2_update`.
 
     Args:
@@ -83,8 +84,6 @@ class AdamATan2(DeviceOptimizer):
         b: scale of the second moment.
         bias_correction: "outside" the atan2 (the original) or "inside".
     """
-
-    moments = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -152,6 +151,9 @@ class AdamATan2(DeviceOptimizer):
         else:
             torch.atan2(m / c1, direction, out=direction)
         p.mul_(1.0 - lr * group["weight_decay"]).sub_(direction.mul_(size))
+
+    def _kernel_rule(self, group: dict[str, Any]) -> tuple[str, dict[str, float]]:
+        return f"atan2_{group['bias_correction']}", {"a": group["a"], "b": group["b"]}
 
     def _rule(
         self,

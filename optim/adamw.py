@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.base import DeviceOptimizer, Params, bias_correction, work_dtype
+from optim.adam_like import AdamLike, same_order
+from optim.base import Params, bias_correction, work_dtype
 
 
 def adamw_update(
@@ -56,7 +57,7 @@ def adamw_update(
     return p.to(param.dtype), m, v
 
 
-class AdamW(DeviceOptimizer):
+class AdamW(AdamLike):
     """AdamW over groups of parameters: torch's fused kernel where it applies, else `adamw_update`.
 
     torch's kernel takes float32 parameters on every device and float64 ones on the CPU. Where it
@@ -69,8 +70,6 @@ class AdamW(DeviceOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled; a step takes `lr * weight_decay` of a weight.
     """
-
-    moments = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -116,7 +115,7 @@ class AdamW(DeviceOptimizer):
         targets = [p if _dense(p) else p.contiguous() for p in params]
         torch._fused_adamw_(
             targets,
-            [_like(p.grad, t) for p, t in zip(params, targets, strict=True)],
+            [same_order(p.grad, t) for p, t in zip(params, targets, strict=True)],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -136,6 +135,9 @@ class AdamW(DeviceOptimizer):
         for p, target in zip(params, targets, strict=True):
             if target is not p:
                 p.copy_(target)
+
+    def _kernel_rule(self, group: dict[str, Any]) -> tuple[str, dict[str, float]]:
+        return "adamw", {"eps": group["eps"]}
 
     def _rule(
         self,
@@ -168,8 +170,3 @@ def _fusable(p: Tensor, grad_scale: Tensor | None) -> bool:
 def _dense(p: Tensor) -> bool:
     """Whether the elements of `p`, in memory order, are one gapless run."""
     return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
-
-
-def _like(grad: Tensor, p: Tensor) -> Tensor:
-    """`grad` with the memory order of `p`."""
-    return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)

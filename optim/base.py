@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +54,9 @@ class DeviceOptimizer(torch.optim.Optimizer):
     moments: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = True
     accepts_sparse: ClassVar[bool] = False
+    # Triton kernels: "off"; "auto": on CUDA where Triton is installed; "on": an error without them
+    # (and the interpreter on the CPU, for tests). Set on the class or on one optimizer.
+    fused: Literal["off", "auto", "on"] = "off"
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
@@ -169,9 +172,13 @@ class DeviceOptimizer(torch.optim.Optimizer):
                 if grad_scale is not None:
                     scale = grad_scale.detach().reshape(()).to(device, non_blocking=True)
                 if found_inf is not None:
-                    found = (found_inf.detach().reshape(()) != 0).to(device, non_blocking=True)
+                    found = found_inf.detach().reshape(()).to(device, non_blocking=True)
                 lr = group["lr"].to(device, non_blocking=True)
-                self._update(group, params, lr, scale, found)
+                if self.fused != "off":
+                    params = self._launch(group, params, lr, scale, found)
+                if params:
+                    found = None if found is None else found != 0
+                    self._update(group, params, lr, scale, found)
         return loss
 
     def _buckets(self, group: dict[str, Any]) -> dict[torch.device, list[Tensor]]:
@@ -182,6 +189,17 @@ class DeviceOptimizer(torch.optim.Optimizer):
                 check_grad(p, type(self).__name__, sparse_ok=self.accepts_sparse)
                 buckets.setdefault(p.device, []).append(p)
         return buckets
+
+    def _launch(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        lr: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> list[Tensor]:
+        """Update with Triton kernels what they take; returns the parameters they do not."""
+        return params
 
     def _update(
         self,

@@ -1,0 +1,36 @@
+"""Sizes of programs per GPU architecture: pinned, never timed at run time.
+
+A tile chosen by timing would change the order of sums, and with it a resumed run. Change a number
+here only with a measurement; `name` goes into checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a launch over a table is cut."""
+
+    name: str
+    block: int  # elements of one program of the update
+    warps: int
+    norm_programs: int  # programs, and partial sums, of the norm
+    norm_block: int  # elements a program of the norm sums at once
+    norm_warps: int
+
+
+_DEFAULT = Tile("default-1", 2048, 8, 256, 2048, 8)
+_BY_CAPABILITY = {
+    (9, 0): Tile("sm90-1", 2048, 8, 528, 4096, 8),  # 4 programs per multiprocessor of 132
+}
+
+
+def tile_for(device: torch.device) -> Tile:
+    """The tile of a device; the default for what is not in the table (and the interpreter)."""
+    if device.type != "cuda":
+        return _DEFAULT
+    return _BY_CAPABILITY.get(torch.cuda.get_device_capability(device), _DEFAULT)
