@@ -154,10 +154,11 @@ class NormLaunch:
                 table.sizes,
                 self.partials[k * programs :],
                 table.chunks,
+                ROUNDS=-(-table.chunks // programs),
                 DTYPE=DTYPES[part[0].dtype],
                 ALIGNED=aligned(part),
                 BLOCK=self.tile.norm_block,
                 num_warps=self.tile.norm_warps,
             )
-        norm_finish_kernel[(1,)](self.partials, self.partials.numel(), self.norm, BLOCK=1024)
+        norm_finish_kernel[(1,)](self.partials, self.norm, N=self.partials.numel(), BLOCK=1024)
         return self.norm

@@ -15,6 +15,7 @@ def norm_kernel(
     sizes,
     partials,
     chunks,
+    ROUNDS: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -27,10 +28,12 @@ def norm_kernel(
     program = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for chunk in range(program, chunks, tl.num_programs(0)):
-        t = tl.load(chunk_tensor + chunk)
-        start = tl.load(chunk_index + chunk).to(tl.int64) * BLOCK
-        left = tl.load(sizes + t) - start
+    for i in range(ROUNDS):
+        chunk = program + i * tl.num_programs(0)
+        inside = chunk < chunks  # in the last round some programs have nothing left
+        t = tl.load(chunk_tensor + chunk, mask=inside, other=0)
+        start = tl.load(chunk_index + chunk, mask=inside, other=0).to(tl.int64) * BLOCK
+        left = tl.where(inside, tl.load(sizes + t) - start, 0)
         g_ptr = tl.load(addresses + t).to(tl.pointer_type(DTYPE))
         if ALIGNED:
             g_ptr = tl.multiple_of(g_ptr, 16)
@@ -44,10 +47,10 @@ def norm_kernel(
 
 
 @triton.jit
-def norm_finish_kernel(partials, n, norm, BLOCK: tl.constexpr):
-    """norm[0] = sqrt of the sum of `n` partial sums, by one program in a fixed order."""
+def norm_finish_kernel(partials, norm, N: tl.constexpr, BLOCK: tl.constexpr):
+    """norm[0] = sqrt of the sum of N partial sums, by one program in a fixed order."""
     offsets = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, n, BLOCK):
-        total += tl.load(partials + start + offsets, mask=start + offsets < n, other=0.0)
+    for start in range(0, N, BLOCK):
+        total += tl.load(partials + start + offsets, mask=start + offsets < N, other=0.0)
     tl.store(norm, tl.sqrt_rn(tl.sum(total)))

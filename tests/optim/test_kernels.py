@@ -59,12 +59,12 @@ for capability in (75, 86, 89, 90):
         flags |= {"RULE": rule, "DTYPE": dtype, "BLOCK": t.block}
         ptx = compile(adam_kernel, adam, flags, capability, t.warps)
         assert "ld.global.v4" in ptx and "st.global.v4" in ptx  # 16 bytes at once
-    flags = {"DTYPE": tl.float32, "ALIGNED": True, "BLOCK": t.norm_block}
+    flags = {"DTYPE": tl.float32, "ALIGNED": True, "ROUNDS": 3, "BLOCK": t.norm_block}
     norm = {**table, "partials": "*fp32", "chunks": "i32"}
     ptx = compile(norm_kernel, norm, flags, capability, t.norm_warps)
     assert "ld.global.v4" in ptx and "atom" not in ptx
-    types = {"partials": "*fp32", "n": "i32", "norm": "*fp32"}
-    compile(norm_finish_kernel, types, {"BLOCK": 1024}, capability, 4)
+    types = {"partials": "*fp32", "norm": "*fp32"}
+    compile(norm_finish_kernel, types, {"N": 256, "BLOCK": 1024}, capability, 4)
 """
 
 
