@@ -8,4 +8,4 @@ arguments=()
 for argument in "$@"; do
   if [ "$argument" = --all ]; then select=(); else arguments+=("$argument"); fi
 done
-exec .venv/bin/python -m pytest "${select[@]}" "${arguments[@]}"
+exec .venv/bin/python -m pytest ${select[@]+"${select[@]}"} ${arguments[@]+"${arguments[@]}"}
