@@ -37,6 +37,11 @@ StrictInt = Annotated[int, Field(strict=True)]
 CsvPath = Annotated[str, Field(min_length=1)]
 
 
+def _shown(value: object) -> object:
+    """A sequence as the command line has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 class SudokuConfig(DatasetConfig):
     """`data=sudoku`: puzzles of CSV files where `train_csv` is given, generated ones otherwise.
 
@@ -65,14 +70,24 @@ class SudokuConfig(DatasetConfig):
     num_clues: StrictInt | tuple[StrictInt, StrictInt] | None = None  # exactly, or from..to
     holdout_grids: StrictInt | None = None  # 2×2 boxes: solution grids for the test; default 48
 
-    @field_validator("box")
+    @field_validator("box", mode="before")
     @classmethod
-    def _known_box(cls, box: tuple[int, int]) -> tuple[int, int]:
-        if box not in BOXES:
-            raise ValueError(
-                f"data.box={list(box)} must be one of {', '.join(str(list(b)) for b in BOXES)}"
-            )
+    def _known_box(cls, box: object) -> object:
+        if not isinstance(box, (list, tuple)) or tuple(box) not in BOXES:
+            choices = ", ".join(str(list(b)) for b in BOXES)
+            raise ValueError(f"data.box={_shown(box)} must be one of {choices}")
         return box
+
+    @field_validator("num_clues", mode="before")
+    @classmethod
+    def _number_or_range(cls, clues: object) -> object:
+        numbers = clues if isinstance(clues, (list, tuple)) and len(clues) == 2 else [clues]
+        if clues is not None and any(type(number) is not int for number in numbers):
+            raise ValueError(
+                f"data.num_clues={_shown(clues)} must be a whole number, or two of them: "
+                "[fewest, most]"
+            )
+        return clues
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> "SudokuConfig":
@@ -119,7 +134,7 @@ class SudokuConfig(DatasetConfig):
         low, high = self.clue_range
         if not fewest <= low <= high < cells:
             raise ValueError(
-                f"data.num_clues={self.num_clues} must be a number, or a range from low to high, "
+                f"data.num_clues={_shown(self.num_clues)} must lie, lower end first, "
                 f"within {fewest} to {cells - 1} for data.box={list(self.box)}"
             )
         if self.box != (2, 2):

@@ -9,6 +9,8 @@ from itertools import combinations
 
 import numpy as np
 
+_CHUNK_ROWS = 8192  # puzzles that are coloured at once; bounds the memory
+
 BOXES = ((2, 2), (2, 3), (3, 2), (3, 3))
 # The fewest clues with which a puzzle can have one solution (9×9: McGuire et al. 2012).
 FEWEST_CLUES = {(2, 2): 4, (2, 3): 8, (3, 2): 8, (3, 3): 17}
@@ -82,6 +84,15 @@ def symmetry_hash(questions: np.ndarray, answers: np.ndarray, box: tuple[int, in
     Equal hashes do not prove equivalence: whoever drops puzzles with equal hashes drops a few too
     many and never one too few. `answers` must be valid solutions.
     """
+    out = np.empty(len(questions), np.uint64)
+    for start in range(0, len(questions), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        out[rows] = _refine(questions[rows], answers[rows], box)
+    return out
+
+
+def _refine(questions: np.ndarray, answers: np.ndarray, box: tuple[int, int]) -> np.ndarray:
+    """`symmetry_hash` of a few thousand puzzles at once."""
     r, c = box
     n, count = r * c, len(questions)
     by_digit = np.argsort(answers, axis=1, kind="stable")  # (puzzles, n²), n cells of each digit

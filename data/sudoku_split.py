@@ -43,13 +43,23 @@ def hold_out(
 
 def refuse_shared(train: SudokuTable, train_file: Path, test: SudokuTable, test_file: Path) -> None:
     """Refuse a question that is in both files; tell how many the training file repeats."""
-    lines = {q.tobytes(): line for q, line in zip(train.questions, train.lines, strict=True)}
-    if len(lines) < len(train):
-        logger.info("%s: %d puzzles are repeated", train_file.name, len(train) - len(lines))
+    # Python's hash of the rows; it differs between processes, which does not matter here.
+    known, own = (
+        np.fromiter((hash(row.tobytes()) for row in table.questions), np.int64, len(table))
+        for table in (train, test)
+    )
+    repeated = len(known) - len(np.unique(known))
+    if repeated:
+        logger.info("%s: %d puzzles are repeated", train_file.name, repeated)
+    candidates = train.take(np.isin(known, own))
+    lines = {
+        row.tobytes(): line
+        for row, line in zip(candidates.questions, candidates.lines, strict=True)
+    }
     shared = [
-        (lines[q.tobytes()], line)
-        for q, line in zip(test.questions, test.lines, strict=True)
-        if q.tobytes() in lines
+        (lines[row.tobytes()], line)
+        for row, line in zip(test.questions, test.lines, strict=True)
+        if row.tobytes() in lines
     ]
     if shared:
         raise DataError(
