@@ -131,7 +131,7 @@ class AdamW(AdamLike):
             found_inf=found,
         )
         if found is not None:
-            torch._foreach_sub_(steps, found)
+            torch._foreach_sub_(steps, [found] * len(steps))  # a tensor alone would synchronize
         for p, target in zip(params, targets, strict=True):
             if target is not p:
                 p.copy_(target)

@@ -126,11 +126,16 @@ class EvaluateConfig(Section):
 def validate(schema: type[Section], values: dict[str, Any]) -> Any:
     """Build `schema` from plain values, strictly; ConfigError names the first wrong key."""
     try:
-        return schema.model_validate_json(json.dumps(values), strict=True)
+        return schema.model_validate(_tuples(values), strict=True)
     except ValidationError as error:
         raise ConfigError(_sentence(schema, error)) from None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"the configuration cannot be read: {error}") from None
+
+
+def _tuples(value: Any) -> Any:
+    """YAML and JSON lists as tuples, which is what a frozen configuration holds."""
+    if isinstance(value, dict):
+        return {key: _tuples(v) for key, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _sentence(schema: type[Section], error: ValidationError) -> str:
