@@ -77,6 +77,13 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., features) → (..., features)."""
+        features = x.shape[-1]
+        excess = -features % 8 if x.is_cuda else 0
+        if excess:  # rows of 16 bytes: unaligned products run at a third of the speed
+            gate_up = F.pad(self.gate_up.weight.to(x.dtype), (0, excess))
+            gate, up = F.linear(F.pad(x, (0, excess)), gate_up).chunk(2, dim=-1)
+            down = F.pad(self.down.weight.to(x.dtype), (0, 0, 0, excess))
+            return F.linear(F.silu(gate) * up, down)[..., :features]
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 

@@ -49,7 +49,7 @@ def set_determinism(device: torch.device) -> None:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.cuda.set_device(device)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # flash attention's backward heeds only this form
     torch.utils.deterministic.fill_uninitialized_memory = False  # it only costs time
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_cudnn_sdp(False)  # its plans are chosen by heuristics that vary
