@@ -140,10 +140,10 @@ def preflight(config_name: str, schema: type[BaseModel], argv: list[str]) -> lis
     for flag in flags:
         if flag.startswith("-") and flag.split("=")[0] not in known:
             raise ConfigError(f"there is no option {flag}{nearest(flag, known)}")
+    arguments = _last_wins(arguments)
     overrides = parse_overrides(arguments)
     for override in overrides:
         check_override(override, schema)
-    _refuse_twice(overrides)
     if set(flags) - _MULTIRUN - _RUN:
         return argv  # asks Hydra for information, or for other YAML files: it composes by itself
     if "data" in schema.model_fields and _nullable(schema, "data"):
@@ -158,18 +158,13 @@ def preflight(config_name: str, schema: type[BaseModel], argv: list[str]) -> lis
         return [*flags, *arguments]
     for job in expand_sweep(overrides):
         validate(schema, compose_values(config_name, job))
-    return argv
+    return [*flags, *arguments]
 
 
-def _refuse_twice(overrides: list[Override]) -> None:
-    seen: dict[str, str | None] = {}
-    for override in overrides:
-        key = override.key_or_group
-        if key in seen and seen[key] != override.input_line:
-            raise ConfigError(
-                f"'{seen[key]}' and '{override.input_line}' both set {key}; keep one of them"
-            )
-        seen[key] = override.input_line
+def _last_wins(arguments: list[str]) -> list[str]:
+    """Of several overrides of one key or group, the last: Hydra refuses a group given twice."""
+    last = {text.lstrip("+").partition("=")[0]: text for text in arguments}
+    return [text for text in arguments if last[text.lstrip("+").partition("=")[0]] is text]
 
 
 def _onto_null_data(arguments: list[str]) -> list[str]:
