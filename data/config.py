@@ -1,5 +1,7 @@
 """What every dataset's configuration has in common: checks first, then one atomic build."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -62,6 +64,10 @@ class DatasetConfig(BaseModel):
         """SHA-256 (hex) of `identity` and the format version."""
         text = json.dumps({"format": FORMAT_VERSION, **self.identity()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def test_only(self) -> DatasetConfig:
+        """This configuration reduced to what an evaluation needs."""
+        return self
 
     def prepare(self, root: str | Path) -> Path:
         """Build the dataset below `root` unless it is there; return its folder.

@@ -97,8 +97,14 @@ def dataset_info(path: str | Path) -> DatasetInfo:
     Raises:
         DataError: a split is missing or broken, or the two splits do not fit each other.
     """
-    train = read_dataset(path, "train", verify=False)
     test = read_dataset(path, "test", verify=False)
+    if not (Path(path) / "train").exists():  # a dataset for evaluation
+        train, groups, per_puzzle = test, 0, 0.0
+    else:
+        train = read_dataset(path, "train", verify=False)
+        groups = _read_metadata(Path(path), "train").total_groups
+        puzzles = sum(len(s.puzzle_identifiers) for s in train.sets.values())
+        per_puzzle = sum(len(s) for s in train.sets.values()) / puzzles
     for key in ("vocab_size", "seq_len", "pad_id", "ignore_label_id", "num_puzzle_identifiers"):
         here, there = getattr(train, key), getattr(test, key)
         if here != there:
@@ -106,8 +112,6 @@ def dataset_info(path: str | Path) -> DatasetInfo:
                 f"{path}: {key} is {here} in train/dataset.json and {there} in test/dataset.json; "
                 "both splits need the same."
             )
-    meta = _read_metadata(Path(path), "train")
-    puzzles = sum(len(s.puzzle_identifiers) for s in train.sets.values())
     return DatasetInfo(
         vocab_size=train.vocab_size,
         seq_len=train.seq_len,
@@ -115,13 +119,13 @@ def dataset_info(path: str | Path) -> DatasetInfo:
         ignore_label_id=train.ignore_label_id,
         blank_identifier_id=train.blank_identifier_id,
         num_puzzle_ids=train.num_puzzle_identifiers,
-        num_train_examples=train.rows_per_epoch,
-        total_groups=meta.total_groups,
-        mean_puzzle_examples=sum(len(s) for s in train.sets.values()) / puzzles,
+        num_train_examples=train.rows_per_epoch if groups else 0,
+        total_groups=groups,
+        mean_puzzle_examples=per_puzzle,
         test_sets={name: len(s) for name, s in test.sets.items()},
         augmentation=train.augmentation,
         fingerprint=train.fingerprint,
-        source=meta.loopwright.get("source"),
+        source=_read_metadata(Path(path), train.split).loopwright.get("source"),
     )
 
 

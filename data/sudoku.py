@@ -1,5 +1,7 @@
 """Sudoku: generated, or from CSV files. Tokens: pad 0, blank 1, digit d → d + 1."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,13 +45,14 @@ def _shown(value: object) -> object:
 
 
 class SudokuConfig(DatasetConfig):
-    """`data=sudoku`: puzzles of CSV files where `train_csv` is given, generated ones otherwise.
+    """`data=sudoku`: puzzles of CSV files where one is given, generated ones otherwise.
 
-    A CSV training file needs a test set: `test_csv`, or `test_fraction` to hold out a share of the
-    rows (puzzles that are symmetry-equivalent stay on one side). `min_rating` and `max_rating`
-    select training puzzles of a CSV file (a test file is taken as it is), and training and test
-    puzzles of the generator. The rating of generated puzzles is the number of guesses of a search
-    that proves the solution unique; 0 means that singles are enough.
+    `test_csv` alone is a dataset for evaluation. A CSV training file needs a test set: `test_csv`,
+    or `test_fraction` to hold out a share of the rows (puzzles that are symmetry-equivalent stay
+    on one side). `min_rating` and `max_rating` select training puzzles of a CSV file (a test file
+    is taken as it is), and training and test puzzles of the generator. The rating of generated
+    puzzles is the number of guesses of a search that proves the solution unique; 0 means that
+    singles are enough.
     """
 
     name: Literal["sudoku"] = "sudoku"
@@ -90,7 +93,7 @@ class SudokuConfig(DatasetConfig):
         return clues
 
     @model_validator(mode="after")
-    def _keys_fit_together(self) -> "SudokuConfig":
+    def _keys_fit_together(self) -> SudokuConfig:
         if self.num_aug != 0 and self.box == (2, 2):
             raise ValueError(
                 f"data.num_aug={self.num_aug} must be 0 for data.box=[2,2]: the 288 solution "
@@ -101,24 +104,30 @@ class SudokuConfig(DatasetConfig):
                 f"data.min_rating={self.min_rating} must not exceed "
                 f"data.max_rating={self.max_rating}"
             )
-        if self.train_csv is None:
+        if self.train_csv is None and self.test_csv is None:
             self._check_generator_keys()
         else:
             self._check_csv_keys()
         return self
 
     def _check_csv_keys(self) -> None:
+        given = "data.train_csv" if self.train_csv else "data.test_csv"
         for key in ("num_train", "num_test", "num_clues", "holdout_grids"):
             if getattr(self, key) is not None:
                 raise ValueError(
-                    f"data.{key} is for generated puzzles and data.train_csv is given; "
+                    f"data.{key} is for generated puzzles and {given} is given; "
                     f"use {'data.max_train' if key == 'num_train' else 'only one of the two'}"
                 )
         if self.minimal:
             raise ValueError(
-                "data.minimal is for generated puzzles and data.train_csv is given; "
+                f"data.minimal is for generated puzzles and {given} is given; "
                 "use only one of the two"
             )
+        if self.train_csv is None:
+            for key in ("test_fraction", "max_train", "min_rating", "max_rating"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"data.{key} needs data.train_csv; give that, too")
+            return
         if (self.test_csv is None) == (self.test_fraction is None):
             state = "alone" if self.test_csv is None else "with both"
             raise ValueError(
@@ -127,7 +136,7 @@ class SudokuConfig(DatasetConfig):
             )
 
     def _check_generator_keys(self) -> None:
-        for key in ("test_csv", "test_fraction", "max_train"):
+        for key in ("test_fraction", "max_train"):
             if getattr(self, key) is not None:
                 raise ValueError(f"data.{key} needs data.train_csv; give that, too")
         fewest, cells = FEWEST_CLUES[self.box], (self.box[0] * self.box[1]) ** 2
@@ -192,6 +201,13 @@ class SudokuConfig(DatasetConfig):
             return 0
         return _DEFAULT_HOLDOUT if self.holdout_grids is None else self.holdout_grids
 
+    def test_only(self) -> SudokuConfig:
+        """Where there is a test file: that file alone, whatever the training puzzles were."""
+        if self.test_csv is None:
+            return self
+        training = ("train_csv", "test_fraction", "max_train", "min_rating", "max_rating")
+        return self.model_copy(update=dict.fromkeys(training))
+
     def label(self) -> str:
         """Such as sudoku-9x9."""
         n = self.box[0] * self.box[1]
@@ -215,7 +231,7 @@ class SudokuConfig(DatasetConfig):
     def identity(self) -> dict[str, object]:
         """All keys but `num_aug` (nothing augmented is stored); files by their contents."""
         keys = self.model_dump(mode="json", exclude={"num_aug", "train_csv", "test_csv"})
-        if self.train_csv is None:
+        if not (self.train_csv or self.test_csv):
             keys |= {
                 "num_train": self._train_count,
                 "num_test": self._test_count,
@@ -230,8 +246,8 @@ class SudokuConfig(DatasetConfig):
         return _DEFAULT_CLUES[self.box] if self.num_clues is None else self.clue_range
 
     def build(self, folder: Path, fingerprint: str) -> None:
-        """Write the training and the test split, each as one set named `all`."""
-        if self.train_csv is None:
+        """Write the training (unless there is none) and the test split, as one set `all` each."""
+        if not (self.train_csv or self.test_csv):
             source = "generated"
             train, test = generate_splits(
                 GeneratorSpec(
@@ -252,6 +268,8 @@ class SudokuConfig(DatasetConfig):
         augmentation = None if self.box == (2, 2) else {"name": "sudoku", "box": list(self.box)}
         digits = self.box[0] * self.box[1]
         for split, table in (("train", train), ("test", test)):
+            if table is None:
+                continue
             arrays = PuzzleSet.of_single_examples(
                 table.questions + np.uint8(1), table.answers + np.uint8(1), table.ratings
             )
@@ -269,9 +287,14 @@ class SudokuConfig(DatasetConfig):
             )
             write_dataset(folder, dataset, source=source)
 
-    def _read_splits(self) -> tuple[SudokuTable, SudokuTable]:
+    def _read_splits(self) -> tuple[SudokuTable | None, SudokuTable]:
         """Read, validate and split the CSV files; the cheap checks of both come first."""
         files = self._files()
+        if self.train_csv is None:
+            test = read_sudoku_csv(files["test_csv"], self.box)
+            if self.check_unique:
+                require_unique(files["test_csv"], test, self.box)
+            return None, test
         train_file, test_file = files["train_csv"], files.get("test_csv")
         train = read_sudoku_csv(train_file, self.box)
         if test_file is None:

@@ -124,6 +124,10 @@ def check(config: RunConfig, world: World) -> None:
 
 def count_steps(config: RunConfig, info: DatasetInfo) -> int:
     """Optimizer steps of the whole run."""
+    if info.num_train_examples == 0:
+        raise ConfigError(
+            "the dataset has a test split only; give training puzzles, such as data.train_csv"
+        )
     if config.max_steps is not None:
         return config.max_steps
     rows = config.epochs * info.num_train_examples

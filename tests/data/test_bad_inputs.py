@@ -42,7 +42,7 @@ BAD_KEYS = {
         {**G4, "num_test": 9_000, "holdout_grids": 1, "num_clues": 5},
         "data.num_test=9000",
     ),
-    "test file alone": ({"test_csv": "t.csv"}, "needs data.train_csv"),
+    "subsample of a test file": ({"test_csv": "t.csv", "max_train": 5}, "data.max_train needs"),
     "subsample of nothing": ({"max_train": 5}, "data.max_train needs"),
     "fraction of nothing": ({"test_fraction": 0.1}, "data.test_fraction needs"),
     "no test set": ({"train_csv": "t.csv"}, "data.test_csv"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data import SudokuConfig, read_dataset
+from data import SudokuConfig, dataset_info, read_dataset
 from data import sudoku_solver as solver
 from data.sudoku_4x4 import candidates_4x4, grids_4x4
 from data.sudoku_rules import BOXES, has_swap, is_solution, symmetry_hash, units
@@ -223,3 +223,18 @@ def test_held_out_share_of_a_csv_keeps_equivalent_puzzles_together(tmp_path, wri
     train, test = splits(config, tmp_path)
     assert len(train) + len(test) == 55 and 10 <= len(test) <= 20
     assert not distinct(train.inputs) & distinct(test.inputs)
+
+
+def test_a_test_file_alone_is_a_dataset_for_evaluation(tmp_path, write_csv, rows):
+    path = write_csv("t.csv", rows[:20])
+    whole = SudokuConfig(train_csv=write_csv("train.csv", rows[20:]), test_csv=path, max_train=5)
+    config = whole.test_only()
+    assert config == SudokuConfig(test_csv=path)
+    folder = config.prepare(tmp_path)
+    info = dataset_info(folder)
+    assert (info.num_train_examples, info.test_sets) == (0, {"all": 20})
+    test = read_dataset(folder, "test").sets["all"]
+    expected = read_dataset(whole.prepare(tmp_path), "test").sets["all"]
+    assert (test.inputs == expected.inputs).all() and (test.labels == expected.labels).all()
+    generated = SudokuConfig(box=(2, 2))
+    assert generated.test_only() == generated
