@@ -26,6 +26,7 @@ from training.device import (
 from training.errors import ConfigError
 from training.evaluation import SetReport, evaluate, table
 from training.logging import RunLogger, set_up_logging
+from training.plot import plot_run
 from training.resolve import ResolvedRun, command
 from training.resume import Resume, WarmStart
 from training.run_folder import describe, environment, lock, write_summary
@@ -117,8 +118,8 @@ class Trainer:
         run, config, state = self.run, self.run.config, self.state
         if state.step >= run.total_steps:
             logger.info("the run is complete: %d of %d steps", state.step, run.total_steps)
-        if state.step == 0:
-            self._save()
+        if state.step == 0 and not isinstance(run.resume, Resume):
+            self._save()  # so that there is a state to resume from the first moment on
         stop = StopSignal()
         progress = tqdm(
             total=run.total_steps, initial=state.step, desc="training", unit="step",
@@ -268,6 +269,7 @@ class Trainer:
             "sets": {name: asdict(r) for name, r in self.reports.items()},
         }
         write_summary(run.run_dir, summary)
+        logger.info("curves: %s", plot_run(run.run_dir))
         self.logger.close({k: v for k, v in summary.items() if k != "sets"})
         if signal_name is not None and not finished:
             logger.info("%s: stopped after step %d of %d, everything is saved", signal_name,

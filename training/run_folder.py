@@ -36,6 +36,7 @@ A training run of Loopwright, started with
 | environment.json | code version, packages, machine |
 | metrics.jsonl | one line per log interval and evaluation |
 | log.txt | what was said on the way |
+| curves.png | losses and accuracies over the steps |
 | summary.json | the result, once there is one |
 | checkpoints/ | whole training states: the newest ones and the best |
 
