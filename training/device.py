@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from training.config import RunConfig
-from training.errors import ConfigError
+from training.errors import ConfigError, TrainingFailed
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +86,9 @@ def memory_advice(config: RunConfig) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         first = str(error).split(". ")[0]
-        raise ConfigError(f"the GPU's memory is full ({first}): {advice}") from None
+        raise TrainingFailed(f"the GPU's memory is full ({first}): {advice}") from None
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
-            raise ConfigError(f"the memory is full: {advice}") from None
+            raise TrainingFailed(f"the memory is full: {advice}") from None
         raise

@@ -14,6 +14,14 @@ EXIT_BAD_INPUT = 2
 class ConfigError(ValueError):
     """One sentence that names the key or file, what is wrong with it and what would be right."""
 
+    exit_code = EXIT_BAD_INPUT
+
+
+class TrainingFailed(ConfigError):
+    """A run that began and cannot go on: numbers that are not finite, a full memory."""
+
+    exit_code = 1
+
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`; did you mean X?` for the closest choice, or `; the choices are …` for a short list."""
@@ -26,19 +34,19 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return ""
 
 
-def fail(message: str) -> None:
-    """Say what is wrong and end the program with exit code 2."""
+def fail(message: str, exit_code: int = EXIT_BAD_INPUT) -> None:
+    """Say what is wrong and end the program."""
     sentence = " ".join(str(message).split())
     sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {sentence}\n")
-    sys.exit(EXIT_BAD_INPUT)
+    sys.exit(exit_code)
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Turn the errors of users' making into one sentence and exit code 2."""
+    """Turn an error that the user can mend into one sentence and its exit code."""
     from data import DataError
 
     try:
         yield
     except (ConfigError, DataError) as error:
-        fail(str(error))
+        fail(str(error), getattr(error, "exit_code", EXIT_BAD_INPUT))

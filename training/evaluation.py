@@ -68,7 +68,9 @@ def evaluate(
         )
         sums: dict[str, Tensor] = {}
         saved = []
-        progress = tqdm(total=len(loader), desc=f"evaluating {name}", unit="batch", leave=False)
+        progress = tqdm(
+            total=len(loader), desc=f"evaluating {name}", unit="batch", leave=False, disable=None
+        )
         for number, batch in enumerate(loader):
             carry, output = think(act, batch)
             present = (batch["labels"] != IGNORE_LABEL).any(-1)

@@ -33,6 +33,7 @@ def set_up_logging(log_file: Path | None = None) -> None:
     bar.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(bar)
     logging.captureWarnings(True)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     if log_file is not None:
         file = logging.FileHandler(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from training.device import (
     set_determinism,
     wants_compile,
 )
-from training.errors import ConfigError
+from training.errors import TrainingFailed
 from training.evaluation import SetReport, evaluate, table
 from training.logging import RunLogger, set_up_logging
 from training.plot import plot_run
@@ -58,7 +59,7 @@ class StopSignal:
 def train(run: ResolvedRun) -> dict[str, Any]:
     """Train to the end, or until a signal; returns the summary.
 
-    Raises ConfigError on what a user can mend.
+    Raises ConfigError on what a user can mend, TrainingFailed where it cannot go on.
     """
     set_up_logging(run.run_dir / "log.txt")
     with lock(run.run_dir), memory_advice(run.config):
@@ -123,7 +124,7 @@ class Trainer:
         stop = StopSignal()
         progress = tqdm(
             total=run.total_steps, initial=state.step, desc="training", unit="step",
-            mininterval=0.5, dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 5.0, dynamic_ncols=True,
         )  # fmt: skip
         clock = time.perf_counter()
         try:
@@ -192,7 +193,7 @@ class Trainer:
             return
         steps = checkpoint.list_steps(self.run.run_dir)
         good = checkpoint.folder(self.run.run_dir) / checkpoint.name(steps[-1])
-        raise ConfigError(
+        raise TrainingFailed(
             f"the loss or a gradient became NaN or infinite before step {self.state.step}; the "
             f"last good checkpoint is {good}: resume it with a lower lr, or on_nonfinite=skip"
         )

@@ -23,12 +23,13 @@ def run_sweep(jobs: list[list[str]], runs_dir: str) -> Sequence[JobReturn]:
     sweep_dir = Path(runs_dir) / f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     returned, rows = [], []
     for number, overrides in enumerate(jobs):
-        label = _label(number, overrides)
+        swept = _swept(overrides, jobs)
+        label = _label(number, swept)
         logger.info("job %d of %d: %s", number + 1, len(jobs), " ".join(overrides))
         arguments = [*overrides, f"run_name='{sweep_dir.name}/{label}'"]
         finished = subprocess.run([sys.executable, sys.argv[0], *arguments], check=False)
         result = _summary(sweep_dir / label)
-        rows.append({**_settings(overrides), **_row(result, finished.returncode)})
+        rows.append({**swept, **_row(result, finished.returncode)})
         status = JobStatus.COMPLETED if finished.returncode == 0 else JobStatus.FAILED
         returned.append(JobReturn(overrides=overrides, status=status, _return_value=result))
         if finished.returncode < 0 or (result and not result["finished"]):
@@ -44,14 +45,17 @@ def run_sweep(jobs: list[list[str]], runs_dir: str) -> Sequence[JobReturn]:
     return returned
 
 
-def _label(number: int, overrides: list[str]) -> str:
-    text = ",".join(o.lstrip("+") for o in overrides)
+def _swept(overrides: list[str], jobs: list[list[str]]) -> dict[str, str]:
+    """The settings of a job that are not the same in all jobs."""
+    settings = [dict(o.lstrip("+").split("=", 1) for o in job) for job in jobs]
+    own = dict(o.lstrip("+").split("=", 1) for o in overrides)
+    return {k: v for k, v in own.items() if any(s.get(k) != v for s in settings)}
+
+
+def _label(number: int, settings: dict[str, str]) -> str:
+    text = ",".join(f"{key}={value}" for key, value in settings.items())
     safe = "".join(c if c.isalnum() or c in ".,=-_" else "-" for c in text)
-    return f"{number:03d}-{safe}"[:150].rstrip(".,")
-
-
-def _settings(overrides: list[str]) -> dict[str, str]:
-    return dict(o.lstrip("+").split("=", 1) for o in overrides)
+    return f"{number:03d}-{safe}"[:150].rstrip(".,-")
 
 
 def _summary(run_dir: Path) -> dict[str, Any] | None:
