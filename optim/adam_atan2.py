@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optim.adam_like import AdamLike
-from optim.base import Params, work_dtype
+from optim.base import Fused, Params, work_dtype
 from optim.base import bias_correction as _correction
 
 BiasCorrection = Literal["outside", "inside"]
@@ -83,6 +83,7 @@ class AdamATan2(AdamLike):
         a: scale of the update.
         b: scale of the second moment.
         bias_correction: "outside" the atan2 (the original) or "inside".
+        fused: see DeviceOptimizer.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class AdamATan2(AdamLike):
         a: float = 1.0,
         b: float = 1.0,
         bias_correction: BiasCorrection = "outside",
+        fused: Fused | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -105,6 +107,7 @@ class AdamATan2(AdamLike):
                 "b": b,
                 "bias_correction": bias_correction,
             },
+            fused,
         )
 
     def _check_options(self, group: dict[str, Any]) -> None:

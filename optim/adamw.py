@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optim.adam_like import AdamLike, same_order
-from optim.base import Params, bias_correction, work_dtype
+from optim.base import Fused, Params, bias_correction, work_dtype
 
 
 def adamw_update(
@@ -69,6 +69,7 @@ class AdamW(AdamLike):
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled; a step takes `lr * weight_decay` of a weight.
+        fused: see DeviceOptimizer.
     """
 
     def __init__(
@@ -78,9 +79,10 @@ class AdamW(AdamLike):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        fused: Fused | None = None,
     ) -> None:
         options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, options)
+        super().__init__(params, options, fused)
 
     def _update(
         self,

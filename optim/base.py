@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from optim.checks import check_grad, check_lr, check_options, check_param, match_state
+from optim.clip import clip_scale, global_grad_norm
+from optim.kernels import available
 
+if TYPE_CHECKING:
+    from optim.ema import EMA
+
+Fused = Literal["off", "auto", "on"]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -46,6 +52,8 @@ class DeviceOptimizer(torch.optim.Optimizer):
     Args:
         params: tensors, (name, tensor) pairs or group dictionaries, as torch's optimizers take.
         defaults: hyperparameters of a group, `lr` and `weight_decay` among them.
+        fused: Triton kernels: "off"; "auto": on CUDA where Triton is installed; "on": an error
+            without Triton (and the interpreter on the CPU, for tests). None: the class's own.
 
     Raises:
         ValueError, TypeError: one sentence that names the parameter or the option.
@@ -54,12 +62,16 @@ class DeviceOptimizer(torch.optim.Optimizer):
     moments: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = True
     accepts_sparse: ClassVar[bool] = False
-    # Triton kernels: "off"; "auto": on CUDA where Triton is installed; "on": an error without them
-    # (and the interpreter on the CPU, for tests). Set on the class or on one optimizer.
-    fused: Literal["off", "auto", "on"] = "off"
+    fused: Fused = "off"
+    ema: EMA | None = None  # set by EMA.attach
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self, params: Params, defaults: dict[str, Any], fused: Fused | None = None
+    ) -> None:
+        if fused not in (None, "off", "auto", "on"):
+            raise ValueError(f"fused must be 'off', 'auto' or 'on', got {fused!r}")
+        self.fused = type(self).fused if fused is None else fused
         self._lr_tensors: list[Tensor] = []
         super().__init__(params, defaults)
 
@@ -82,13 +94,17 @@ class DeviceOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         self._lr_tensors.append(self._own_lr(group))
         for p in group["params"]:
-            self.state[p] = self._new_state(p)
+            self.state[p] = self._new_state(group, p)
 
-    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the tensors that a parameter of this group keeps beside its step."""
+        return self.moments
+
+    def _new_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         if self.counts_steps:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        for name in self.moments:
+        for name in self._moments(group):
             state[name] = torch.zeros_like(
                 param, dtype=work_dtype(param.dtype), requires_grad=False
             ).detach()
@@ -127,6 +143,9 @@ class DeviceOptimizer(torch.optim.Optimizer):
                     "graph: use set_lr() before and between replays"
                 )
             group["lr"] = self._write_lr(own, group["lr"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "fused": self.fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -168,13 +187,9 @@ class DeviceOptimizer(torch.optim.Optimizer):
         work = [self._buckets(group) for group in self.param_groups]  # checks before any change
         for group, buckets in zip(self.param_groups, work, strict=True):
             for device, params in buckets.items():
-                scale = found = None
-                if grad_scale is not None:
-                    scale = grad_scale.detach().reshape(()).to(device, non_blocking=True)
-                if found_inf is not None:
-                    found = found_inf.detach().reshape(()).to(device, non_blocking=True)
-                lr = group["lr"].to(device, non_blocking=True)
-                if self.fused != "off":
+                scale, found = _scalar(grad_scale, device), _scalar(found_inf, device)
+                lr = _scalar(group["lr"], device)
+                if self._uses_kernels(device):
                     params = self._launch(group, params, lr, scale, found)
                 if params:
                     found = None if found is None else found != 0
@@ -189,6 +204,34 @@ class DeviceOptimizer(torch.optim.Optimizer):
                 check_grad(p, type(self).__name__, sparse_ok=self.accepts_sparse)
                 buckets.setdefault(p.device, []).append(p)
         return buckets
+
+    def _uses_kernels(self, device: torch.device) -> bool:
+        if self.fused == "off" or (self.fused == "auto" and device.type != "cuda"):
+            return False
+        if self.fused == "on" and not available():
+            raise RuntimeError("fused='on' needs Triton, which is not installed")
+        return available()
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> tuple[Tensor, Tensor]:
+        """The norm of all gradients of this optimizer, and the `grad_scale` that clips it.
+
+        `optimizer.step(grad_scale=optimizer.clip(1.0)[1])` is two kernels where it is fused: no
+        gradient is rewritten. `max_norm=0` switches clipping off (the scale is 1).
+
+        Returns:
+            Two 0-dim tensors, as of `global_grad_norm` and `clip_scale`; where it is fused, the
+            next call overwrites them.
+        """
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if params and max_norm >= 0 and self._uses_kernels(params[0].device):
+            from optim.kernels.launch import fused_norm
+
+            fused = fused_norm(self.__dict__.setdefault("_norms", {}), params, max_norm)
+            if fused is not None:
+                return fused
+        norm = global_grad_norm(params)
+        return norm, clip_scale(norm, max_norm)
 
     def _launch(
         self,
@@ -235,7 +278,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         if self.counts_steps:
             state["step"] += 1 if found_inf is None else ~found_inf
         new = self._rule(group, p, grad, state, lr)
-        for old, value in zip((p, *(state[m] for m in self.moments)), new, strict=True):
+        for old, value in zip((p, *(state[m] for m in self._moments(group))), new, strict=True):
             old.copy_(value if found_inf is None else torch.where(found_inf, old, value))
 
     def _rule(
@@ -246,7 +289,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         state: dict[str, Tensor],
         lr: Tensor,
     ) -> tuple[Tensor, ...]:
-        """The new parameter and the new moments, in the order of `moments`; changes nothing."""
+        """The new parameter and the new moments, in the order of `_moments`; changes nothing."""
         raise NotImplementedError
 
     # Saving and loading
@@ -287,3 +330,10 @@ class DeviceOptimizer(torch.optim.Optimizer):
         self._sync_lr()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+
+def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """A one-element tensor as 0-dim on `device`."""
+    if value is None or (value.ndim == 0 and value.device == device and not value.requires_grad):
+        return value
+    return value.detach().reshape(()).to(device, non_blocking=True)

@@ -18,7 +18,7 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 class OptimizerConfig(BaseModel):
     """What every optimizer's configuration has: its name and a way to build it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(description="which optimizer: a key of OPTIMIZERS")
 

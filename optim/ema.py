@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from optim.base import DeviceOptimizer
 
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -46,6 +49,7 @@ class EMA:
         self.params: dict[str, Tensor] = {}
         self.shadow: dict[str, Tensor] = {}
         self._applied = False
+        self._moved: set[str] = set()  # by a fused optimizer step since the last update
         for i, item in enumerate(params):
             name, param = item if isinstance(item, tuple) else (str(i), item)
             if name in self.params:
@@ -56,9 +60,31 @@ class EMA:
             self.params[name] = param
             self.shadow[name] = param.detach().to(wide, copy=True)
 
+    def attach(self, *optimizers: DeviceOptimizer) -> EMA:
+        """Let fused steps of these optimizers move the shadows of their parameters; returns self.
+
+        The average then costs no pass of its own: a step of a Triton kernel moves the shadows with
+        the parameters, and the `update` after it leaves those out. Where a step is not fused,
+        `update` does everything, so call it after every step either way.
+        """
+        for optimizer in optimizers:
+            optimizer.ema = self
+        return self
+
+    def begin_fused(self, names: Iterable[str]) -> float:
+        """Note that a launch moves these shadows (the next `update` will not); returns the rate.
+
+        Raises:
+            RuntimeError: inside `applied()`.
+        """
+        if self._applied:
+            raise RuntimeError("a fused step was called while the averages are applied")
+        self._moved.update(names)
+        return self.rate
+
     @torch.no_grad()
     def update(self, found_inf: Tensor | None = None) -> None:
-        """Move every shadow one step toward its parameter.
+        """Move every shadow one step toward its parameter, unless a fused step just did.
 
         Args:
             found_inf: one-element tensor; where it is nonzero nothing changes. It is read on the
@@ -71,7 +97,10 @@ class EMA:
             raise RuntimeError("EMA.update() was called while the averages are applied")
         if found_inf is not None:
             found_inf = found_inf.reshape(()) != 0
+        moved, self._moved = self._moved, set()
         for name, param in self.params.items():
+            if name in moved:
+                continue
             shadow = self.shadow[name]
             new = ema_update(shadow, param, self.rate)
             if found_inf is not None:

@@ -5,34 +5,30 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from optim.kernels.atan2 import atan2
 
-
-@triton.jit
-def _corrections(t, log1_high, log1_low, log2_high, log2_low):
-    """1 - beta1^t and sqrt(1 - beta2^t), worked out in float64, as float32."""
-    t = t.to(tl.float64)
-    c1 = 1.0 - tl.exp(t * log1_high + t * log1_low)
-    c2 = 1.0 - tl.exp(t * log2_high + t * log2_low)
-    return c1.to(tl.float32), tl.sqrt_rn(c2.to(tl.float32))
+# Float64 numbers of a launch, in the order of `launch.numbers`.
+LOG1, LOG2, KEEP1, KEEP2, TAKE1, TAKE2, DECAY, EPS, A, B, EMA_TAKE = (
+    tl.constexpr(i) for i in range(11)
+)
 
 
 @triton.jit
-def _blend(old, new, new_low, keep, keep_low, take, take_low):
-    """keep * old + take * (new + new_low), rounded once: factors are pairs of float32.
+def _corrections(t, numbers, RULE: tl.constexpr, POWF: tl.constexpr):
+    """1 - beta1^t and sqrt(1 - beta2^t), as float32.
 
-    torch works this out in float64; pairs give the same float32 at a fraction of the cost where
-    float64 is slow. s + lo is the exact sum of the two leading products.
+    AdamW takes the power in float32, as torch's kernel does: where 1 - beta^t cancels, anything
+    else is several ulp away from it. The other rules (and the interpreter) use float64.
     """
-    a = keep * old
-    b = take * new
-    s = a + b
-    part = s - a
-    lo = (a - (s - part)) + (b - part)
-    lo += tl.fma(keep, old, -a) + tl.fma(take, new, -b)
-    lo += tl.fma(keep_low, old, tl.fma(take_low, new, take * new_low))
-    return s + lo
+    if POWF and RULE == "adamw":
+        c1 = 1.0 - libdevice.pow(tl.load(numbers + KEEP1).to(tl.float32), t)
+        c2 = 1.0 - libdevice.pow(tl.load(numbers + KEEP2).to(tl.float32), t)
+    else:
+        c1 = (1.0 - tl.exp(t.to(tl.float64) * tl.load(numbers + LOG1))).to(tl.float32)
+        c2 = (1.0 - tl.exp(t.to(tl.float64) * tl.load(numbers + LOG2))).to(tl.float32)
+    return c1, tl.sqrt_rn(c2)
 
 
 @triton.jit
@@ -47,20 +43,9 @@ def _update(
     scale,
     c1,
     c2_root,
-    keep1,
-    keep1_low,
-    take1,
-    take1_low,
-    keep2,
-    keep2_low,
-    take2,
-    take2_low,
-    weight_decay,
-    eps,
-    a,
-    b,
-    ema_take,
+    numbers,
     RULE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_EMA: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,38 +54,47 @@ def _update(
     offsets = tl.arange(0, BLOCK)
     mask = offsets < left if MASKED else None
     p_old = tl.load(p_ptr + offsets, mask=mask)
-    p = p_old.to(tl.float32)
     g = tl.load(g_ptr + offsets, mask=mask).to(tl.float32)
     m = tl.load(m_ptr + offsets, mask=mask)
     v = tl.load(v_ptr + offsets, mask=mask)
-    g = tl.div_rn(g, scale)
+    if HAS_EMA:
+        e = tl.load(e_ptr + offsets, mask=mask)
+    keep1 = tl.load(numbers + KEEP1).to(tl.float32)
+    keep2 = tl.load(numbers + KEEP2).to(tl.float32)
+    decay = lr * tl.load(numbers + DECAY).to(tl.float32)
+    p = p_old.to(tl.float32)
+    if HAS_SCALE:
+        g = tl.div_rn(g, scale)
     square = g * g
-    # m = beta1 * m + (1 - beta1) * g ;  v = beta2 * v + (1 - beta2) * g²
-    m = _blend(m, g, 0.0, keep1, keep1_low, take1, take1_low)
-    v = _blend(v, square, tl.fma(g, g, -square), keep2, keep2_low, take2, take2_low)
     # p = p * (1 - lr * weight_decay)
-    p = tl.fma(-(lr * weight_decay), p, p)
+    p = tl.fma(-decay, p, p)
+    # m = beta1 * m + (1 - beta1) * g ;  v = beta2 * v + (1 - beta2) * g²
     if RULE == "adamw":
-        # p = p - lr / c1 * m / (sqrt(v) / sqrt(c2) + eps)
+        # p = p - lr / c1 * m / (sqrt(v) / sqrt(c2) + eps), every rounding as in torch's kernel
+        m = tl.fma(keep1, m, tl.fma(-keep1, g, g))
+        v = tl.fma(keep2, v, tl.fma(-keep2, square, square))
+        eps = tl.load(numbers + EPS).to(tl.float32)
         denominator = tl.div_rn(tl.sqrt_rn(v), c2_root) + eps
         p = p - tl.div_rn(tl.div_rn(lr, c1) * m, denominator)
-    elif RULE == "atan2_outside":
-        # p = p - a * lr / c1 * atan2(m, b * sqrt(v) / sqrt(c2))
-        direction = atan2(m, tl.sqrt_rn(v) * tl.div_rn(b, c2_root))
-        p = p - tl.div_rn(a * lr, c1) * direction
     else:
-        # p = p - a * lr * atan2(m / c1, b * sqrt(v / c2))
-        direction = atan2(tl.div_rn(m, c1), tl.sqrt_rn(v) * tl.div_rn(b, c2_root))
-        p = p - a * lr * direction
+        a = tl.load(numbers + A).to(tl.float32)
+        b = tl.div_rn(tl.load(numbers + B).to(tl.float32), c2_root)
+        m = tl.fma(keep1, m, tl.load(numbers + TAKE1).to(tl.float32) * g)
+        v = tl.fma(keep2, v, tl.load(numbers + TAKE2).to(tl.float32) * square)
+        if RULE == "atan2_outside":
+            # p = p - a * lr / c1 * atan2(m, b * sqrt(v) / sqrt(c2))
+            p = tl.fma(-tl.div_rn(a * lr, c1), atan2(m, tl.sqrt_rn(v) * b), p)
+        else:
+            # p = p - a * lr * atan2(m / c1, b * sqrt(v / c2))
+            p = tl.fma(-(a * lr), atan2(tl.div_rn(m, c1), tl.sqrt_rn(v) * b), p)
     rounded = p.to(p_old.dtype)
     tl.store(p_ptr + offsets, rounded, mask=mask)
     tl.store(m_ptr + offsets, m, mask=mask)
     tl.store(v_ptr + offsets, v, mask=mask)
     if HAS_EMA:
         # shadow = rate * shadow + (1 - rate) * p
-        e = tl.load(e_ptr + offsets, mask=mask)
-        e = tl.fma(ema_take, rounded.to(tl.float32) - e, e)
-        tl.store(e_ptr + offsets, e, mask=mask)
+        take = tl.load(numbers + EMA_TAKE).to(tl.float32)
+        tl.store(e_ptr + offsets, tl.fma(take, rounded.to(tl.float32) - e, e), mask=mask)
 
 
 @triton.jit
@@ -112,33 +106,18 @@ def adam_kernel(
     counts,
     tickets,
     ready,
+    numbers,
     tensors,
     lr_ptr,
     scale_ptr,
     found_ptr,
-    log1,
-    log1_low,
-    log2,
-    log2_low,
-    keep1,
-    keep1_low,
-    take1,
-    take1_low,
-    keep2,
-    keep2_low,
-    take2,
-    take2_low,
-    weight_decay,
-    eps,
-    a,
-    b,
-    ema_take,
     RULE: tl.constexpr,
     DTYPE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND: tl.constexpr,
     HAS_EMA: tl.constexpr,
     ALIGNED: tl.constexpr,
+    POWF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per chunk of the table; columns p, g, m, v, step (and the EMA shadow).
@@ -178,26 +157,22 @@ def adam_kernel(
         c1 = tl.load(ready + 3 * t + 1)
         c2_root = tl.load(ready + 3 * t + 2)
         if tl.load(ready + 3 * t) != step:
-            c1, c2_root = _corrections(step, log1, log1_low, log2, log2_low)
+            c1, c2_root = _corrections(step, numbers, RULE, POWF)
         if left >= BLOCK:
             _update(
                 p_ptr + start, g_ptr + start, m_ptr + start, v_ptr + start, e_ptr + start,
-                left, lr, scale, c1, c2_root,
-                keep1, keep1_low, take1, take1_low, keep2, keep2_low, take2, take2_low,
-                weight_decay, eps, a, b, ema_take,
-                RULE, HAS_EMA, False, BLOCK,
+                left, lr, scale, c1, c2_root, numbers,
+                RULE, HAS_SCALE, HAS_EMA, False, BLOCK,
             )  # fmt: skip
         else:
             _update(
                 p_ptr + start, g_ptr + start, m_ptr + start, v_ptr + start, e_ptr + start,
-                left, lr, scale, c1, c2_root,
-                keep1, keep1_low, take1, take1_low, keep2, keep2_low, take2, take2_low,
-                weight_decay, eps, a, b, ema_take,
-                RULE, HAS_EMA, True, BLOCK,
+                left, lr, scale, c1, c2_root, numbers,
+                RULE, HAS_SCALE, HAS_EMA, True, BLOCK,
             )  # fmt: skip
         tl.debug_barrier()  # every thread of this program has used the step it read
         if tl.atomic_add(tickets + t, 1, sem="relaxed") == tl.load(counts + t) - 1:
-            next1, next2 = _corrections(step + 1.0, log1, log1_low, log2, log2_low)
+            next1, next2 = _corrections(step + 1.0, numbers, RULE, POWF)
             tl.store(tickets + t, 0)
             tl.store(step_ptr, step)
             tl.store(ready + 3 * t, step + 1.0)

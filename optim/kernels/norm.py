@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN201  (arguments of Triton functions have no Python types)
-"""Norm of all gradients over a table, without atomics: the same bits every time."""
+"""Norm of all gradients over a table in one launch: the same bits every time."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ def norm_kernel(
     addresses,
     sizes,
     partials,
+    ticket,
+    out,
+    first,
     chunks,
+    max_norm,
     ROUNDS: tl.constexpr,
+    COUNT: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program i sums the squares of chunks i, i + programs, … in this order: (programs,) float32.
+    """partials[first + i]: the squares of chunks i, i + programs, … summed in this order.
 
     Each lane keeps its own sum until the end, so the error grows with the number of chunks of a
-    program, not with the number of elements.
+    program, not with the number of elements. With COUNT > 0 (the last launch of a step) the
+    program that finishes last, by an integer ticket, sums all COUNT partials in a fixed order:
+    out[0] = norm, out[1] = max((norm + 1e-6) / max_norm, 1), or 1 for max_norm 0.
     """
     program = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
@@ -39,18 +46,27 @@ def norm_kernel(
             g_ptr = tl.multiple_of(g_ptr, 16)
         if left >= BLOCK:
             g = tl.load(g_ptr + start + offsets).to(tl.float32)
-            total += g * g
+            total = tl.fma(g, g, total)
         else:
             g = tl.load(g_ptr + start + offsets, mask=offsets < left, other=0.0).to(tl.float32)
-            total += g * g
-    tl.store(partials + program, tl.sum(total))
-
-
-@triton.jit
-def norm_finish_kernel(partials, norm, N: tl.constexpr, BLOCK: tl.constexpr):
-    """norm[0] = sqrt of the sum of N partial sums, by one program in a fixed order."""
-    offsets = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, N, BLOCK):
-        total += tl.load(partials + start + offsets, mask=start + offsets < N, other=0.0)
-    tl.store(norm, tl.sqrt_rn(tl.sum(total)))
+            total = tl.fma(g, g, total)
+    tl.store(partials + first + program, tl.sum(total))
+    if COUNT > 0:
+        tl.debug_barrier()  # the partial is written before the ticket is drawn, which releases it
+        if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            lanes = tl.arange(0, 1024)
+            rest = tl.zeros((1024,), dtype=tl.float32)
+            for start in range(0, COUNT, 1024):
+                # past the first-level cache, which may not have seen the others' writes
+                rest += tl.load(
+                    partials + start + lanes,
+                    mask=start + lanes < COUNT,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+            norm = tl.sqrt_rn(tl.sum(rest))
+            scale = tl.div_rn(norm + 1e-6, max_norm)
+            scale = tl.where((scale < 1.0) | (max_norm == 0.0), 1.0, scale)  # NaN stays
+            tl.store(out, norm)
+            tl.store(out + 1, scale)
+            tl.store(ticket, 0)

@@ -44,40 +44,32 @@ class TensorTable:
         self._spare: Tensor | None = None  # pinned memory for a capture, in which none can be had
         self._captured: list[Tensor] = []  # what graphs read from, kept alive
 
-    def addresses(self, columns: Sequence[Sequence[Tensor]]) -> Tensor:
-        """The (columns, tensors) int64 table of data pointers on the device.
+    def addresses(self, flat: list[int]) -> Tensor:
+        """`flat`, data pointers column after column, as an int64 tensor on the device.
 
-        Under graph capture the upload becomes part of the graph and belongs to it alone.
+        Where no pointer has changed since the last call nothing is copied. Under graph capture the
+        upload becomes part of the graph and belongs to it alone.
 
         Raises:
             RuntimeError: if a capture is the first call, or a second one follows it at once.
         """
-        flat = [t.data_ptr() for column in columns for t in column]
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        on_cuda = self.device.type == "cuda"
+        if on_cuda and torch.cuda.is_current_stream_capturing():
             return self._capture(flat)
         if flat != self._known or self._addresses is None:
-            host = torch.tensor(flat, dtype=torch.int64).view(len(columns), self.tensors)
-            if self.device.type == "cuda":
-                host = host.pin_memory()
+            host = torch.tensor(flat, dtype=torch.int64, pin_memory=on_cuda)
             self._addresses = host.to(self.device, non_blocking=True)
             self._known = flat
-        if self.device.type == "cuda" and self._spare is None:
-            self._spare = torch.empty(
-                (len(columns), self.tensors), dtype=torch.int64, pin_memory=True
-            )
+        if on_cuda and self._spare is None:
+            self._spare = torch.empty(len(flat), dtype=torch.int64, pin_memory=True)
         return self._addresses
 
     def _capture(self, flat: list[int]) -> Tensor:
         if self._spare is None or self._spare.numel() != len(flat):
             raise RuntimeError("take one optimizer step before (each) capture of a step in a graph")
         host, self._spare = self._spare, None
-        host.copy_(torch.tensor(flat, dtype=torch.int64).view_as(host))
+        host.copy_(torch.tensor(flat, dtype=torch.int64))
         table = torch.empty_like(host, device=self.device)
         table.copy_(host, non_blocking=True)
         self._captured += [host, table]
         return table
-
-
-def aligned(tensors: Sequence[Tensor]) -> bool:
-    """Whether every tensor starts at a multiple of 16 bytes, as wide loads need."""
-    return all(t.data_ptr() % 16 == 0 for t in tensors)

@@ -24,13 +24,14 @@ class Tile:
 
 
 _DEFAULT = Tile("default-1", 2048, 8, 256, 2048, 8)
+_INTERPRETER = Tile("interpreter-1", 2048, 8, 8, 2048, 8)  # one program after the other
 _BY_CAPABILITY = {
     (9, 0): Tile("sm90-1", 2048, 8, 528, 4096, 8),  # 4 programs per multiprocessor of 132
 }
 
 
 def tile_for(device: torch.device) -> Tile:
-    """The tile of a device; the default for what is not in the table (and the interpreter)."""
+    """The tile of a device; the default for what is not in the table."""
     if device.type != "cuda":
-        return _DEFAULT
+        return _INTERPRETER
     return _BY_CAPABILITY.get(torch.cuda.get_device_capability(device), _DEFAULT)

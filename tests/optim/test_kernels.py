@@ -24,52 +24,64 @@ def run(*arguments, **environment):
     return done.stdout
 
 
-def test_kernels_in_the_interpreter():
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "some",
+    ["options0 or options2 or not options", pytest.param("options1 or options3", marks=slow)],
+)
+def test_kernels_in_the_interpreter(some):
     """In a process of its own: Triton decides at import whether to interpret."""
-    out = run("-m", "pytest", "-q", "tests/optim/kernel_cases.py", TRITON_INTERPRET="1")
+    out = run("-m", "pytest", "-q", "-k", some, "tests/optim/kernel_cases.py", TRITON_INTERPRET="1")
     assert "passed" in out
 
 
 COMPILE = """
-import itertools, triton, triton.language as tl
+import re, sys, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from optim.kernels.adam import adam_kernel
-from optim.kernels.norm import norm_finish_kernel, norm_kernel
-from optim.kernels.tiles import _DEFAULT
+from optim.kernels.norm import norm_kernel
+from optim.kernels.tiles import _BY_CAPABILITY, _DEFAULT
 
-def compile(fn, types, constants, capability, warps):
+capability = int(sys.argv[1])
+
+def compile(fn, types, constants, warps):
     signature = {n: types.get(n, "fp32") for n in fn.arg_names}
     signature.update(dict.fromkeys(constants, "constexpr"))
     values = {(fn.arg_names.index(n),): v for n, v in constants.items()}
     source = ASTSource(fn, signature, constexprs=values)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    done = triton.compile(source, target=target, options=options)
     assert done.metadata.shared <= 48 * 1024
-    return done.asm["ptx"]
+    ptx = done.asm["ptx"]
+    assert "ld.global.v4" in ptx  # 16 bytes at once
+    kinds = re.findall(r"\\b(?:atom|red)\\.[a-z0-9_.]+", ptx)
+    assert kinds and all(k.endswith(("add.u32", "add.s32")) for k in kinds), kinds  # tickets only
+    return ptx
 
 table = {"chunk_tensor": "*i32", "chunk_index": "*i32", "addresses": "*i64", "sizes": "*i64"}
-adam = {**table, "counts": "*i32", "tickets": "*i32", "ready": "*fp32", "tensors": "i32",
-        "lr_ptr": "*fp32", "scale_ptr": "*fp32", "found_ptr": "*fp32"}
-t = _DEFAULT
-for capability in (75, 86, 89, 90):
-    for rule in ("adamw", "atan2_outside", "atan2_inside"):
-        flags = {"HAS_SCALE": True, "HAS_FOUND": True, "HAS_EMA": True, "ALIGNED": True}
-        dtype = tl.bfloat16 if rule == "adamw" and capability >= 80 else tl.float32
-        flags |= {"RULE": rule, "DTYPE": dtype, "BLOCK": t.block}
-        ptx = compile(adam_kernel, adam, flags, capability, t.warps)
-        assert "ld.global.v4" in ptx and "st.global.v4" in ptx  # 16 bytes at once
-    flags = {"DTYPE": tl.float32, "ALIGNED": True, "ROUNDS": 3, "BLOCK": t.norm_block}
-    norm = {**table, "partials": "*fp32", "chunks": "i32"}
-    ptx = compile(norm_kernel, norm, flags, capability, t.norm_warps)
-    assert "ld.global.v4" in ptx and "atom" not in ptx
-    types = {"partials": "*fp32", "norm": "*fp32"}
-    compile(norm_finish_kernel, types, {"N": 256, "BLOCK": 1024}, capability, 4)
+adam = {**table, "counts": "*i32", "tickets": "*i32", "ready": "*fp32", "numbers": "*fp64",
+        "tensors": "i32", "lr_ptr": "*fp32", "scale_ptr": "*fp32", "found_ptr": "*fp32"}
+norm = {**table, "partials": "*fp32", "ticket": "*i32", "out": "*fp32", "first": "i32",
+        "chunks": "i32", "max_norm": "fp32"}
+t = _BY_CAPABILITY.get(divmod(capability, 10), _DEFAULT)
+for rule in ("adamw", "atan2_outside", "atan2_inside"):
+    flags = {"HAS_SCALE": True, "HAS_FOUND": True, "HAS_EMA": True, "ALIGNED": True, "POWF": True}
+    dtype = tl.bfloat16 if rule == "adamw" and capability >= 80 else tl.float32
+    flags |= {"RULE": rule, "DTYPE": dtype, "BLOCK": t.block}
+    assert "st.global.v4" in compile(adam_kernel, adam, flags, t.warps)
+flags = {"DTYPE": tl.float32, "ALIGNED": True, "ROUNDS": 3, "COUNT": t.norm_programs}
+compile(norm_kernel, norm, {**flags, "BLOCK": t.norm_block}, t.norm_warps)
 """
 
 
-def test_kernels_compile_ahead_of_time(tmp_path):
-    """For sm_75 to sm_90; a file, since Triton reads the source of what it compiles."""
+@pytest.mark.parametrize("capability", [*(pytest.param(c, marks=slow) for c in (75, 86, 89)), 90])
+def test_kernels_compile_ahead_of_time(tmp_path, capability):
+    """A file, since Triton reads the source of what it compiles."""
     script = tmp_path / "compile_all.py"
     script.write_text(COMPILE)
-    run(str(script), TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    cache = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    run(str(script), str(capability), **cache)
