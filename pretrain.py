@@ -11,7 +11,7 @@ from training.cli import plain, preflight
 from training.config import RunConfig
 from training.errors import reported
 from training.logging import set_up_logging
-from training.resolve import resolve
+from training.resolve import check_job, resolve
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="cfg_pretrain")
@@ -34,5 +34,5 @@ def composed_overrides() -> list[str]:
 if __name__ == "__main__":
     set_up_logging()
     with reported():
-        sys.argv[1:] = preflight("cfg_pretrain", RunConfig, sys.argv[1:])
+        sys.argv[1:] = preflight("cfg_pretrain", RunConfig, sys.argv[1:], check_job)
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -92,7 +93,7 @@ def build_once(folder: Path, fingerprint: str, build: Callable[[Path], None]) ->
     """
     if folder.exists():
         return _require_intact(folder, fingerprint)
-    started = time.monotonic()
+    started, root_is_new = time.monotonic(), not folder.parent.exists()
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         temporary.mkdir(parents=True)
@@ -113,6 +114,9 @@ def build_once(folder: Path, fingerprint: str, build: Callable[[Path], None]) ->
         raise DataError(f"The dataset could not be written to {folder.parent}: {error}.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if root_is_new:
+            with contextlib.suppress(OSError):  # it holds the dataset, unless building failed
+                folder.parent.rmdir()
     logger.info("built %s in %.1f s", folder, time.monotonic() - started)
     return _require_intact(folder, fingerprint)
 

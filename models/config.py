@@ -25,7 +25,7 @@ class ModelDims:
 class LossConfig(BaseModel):
     """The training objective: token loss + halting losses, each with its weight."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["stablemax", "softmax"] = Field(
         "stablemax", description="map from logits to probabilities"
@@ -38,7 +38,7 @@ class LossConfig(BaseModel):
 class ReasoningConfig(BaseModel):
     """Fields common to all architectures; an architecture adds its recursion and its layers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Fields that may change when a run is resumed: they alter no tensor of the training state.
     tunable: ClassVar[frozenset[str]] = frozenset(
@@ -54,8 +54,8 @@ class ReasoningConfig(BaseModel):
     )
 
     name: str
-    hidden_size: int = Field(512, ge=1, description="width of a token's state")
-    num_heads: int = Field(8, ge=1, description="attention heads; must divide hidden_size")
+    hidden_size: int = Field(512, ge=1, le=2**16, description="width of a token's state")
+    num_heads: int = Field(8, ge=1, le=2**16, description="attention heads; must divide hidden_size")
     expansion: float = Field(4.0, gt=0, le=64, description="SwiGLU width over hidden_size, × 2/3")
     pos_encodings: Literal["rope", "learned", "none"] = Field(
         "rope", description="position encoding"
@@ -63,11 +63,11 @@ class ReasoningConfig(BaseModel):
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square before the root")
     causal: bool = Field(False, description="attention sees earlier positions only")
-    puzzle_emb_ndim: int = Field(512, ge=0, description="numbers per puzzle embedding; 0: none")
+    puzzle_emb_ndim: int = Field(512, ge=0, le=2**20, description="numbers per puzzle embedding; 0: none")
     puzzle_emb_len: int | Literal["auto"] = Field(
         16, description="prefix tokens they fill; 0: none; auto: just enough"
     )
-    halt_max_steps: int = Field(16, ge=1, description="ACT steps at most")
+    halt_max_steps: int = Field(16, ge=1, le=4096, description="ACT steps at most")
     halt_exploration_prob: float = Field(
         0.1, ge=0, le=1, description="chance of a drawn minimum of ACT steps"
     )
@@ -80,8 +80,8 @@ class ReasoningConfig(BaseModel):
     @model_validator(mode="after")
     def _check_prefix(self) -> ReasoningConfig:
         if self.puzzle_emb_len != "auto":
-            if self.puzzle_emb_len < 0:
-                raise ValueError("puzzle_emb_len must be 0 or more, or auto")
+            if not 0 <= self.puzzle_emb_len <= 4096:
+                raise ValueError("puzzle_emb_len must be 0 to 4096, or auto")
             if 0 < self.puzzle_emb_len * self.hidden_size < self.puzzle_emb_ndim:
                 raise ValueError(
                     f"puzzle_emb_ndim={self.puzzle_emb_ndim} does not fit into "

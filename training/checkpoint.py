@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 INDEX = "index.json"
 BEST = "best.json"
+_CONTENTS = ("config", "dims", "dataset", "run_id", "seconds", "step", "files")
 _STEP = re.compile(r"step_(\d+)$")
 
 
@@ -61,6 +62,7 @@ def write(
     run_dir: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], index: dict[str, Any]
 ) -> Path:
     """Write one checkpoint and return its folder; OSError leaves the earlier ones untouched."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     parent = folder(run_dir)
@@ -90,9 +92,9 @@ def write(
         else:
             temporary.rename(target)
         sync(parent)
-    except OSError:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        raise OSError(str(error)) from None
     return target
 
 
@@ -120,6 +122,8 @@ def read_index(path: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{path} has format {index['format']}; this version reads format {FORMAT}"
             )
+        if missing := [key for key in _CONTENTS if key not in index]:
+            raise DamagedCheckpoint(f"{path / INDEX} has no {missing[0]}")
         for file, checksum in index["files"].items():
             if not (path / file).is_file():
                 raise DamagedCheckpoint(f"{path / file} is missing")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,20 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel
 
-from training.config import known_keys, sections, validate
+from training.config import known_keys, sections
 from training.errors import ConfigError, nearest
 
 CONFIG_DIR = Path(__file__).parent.parent / "config"
 GROUPS = ("arch", "optim", "data", "experiment")
-_FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd"}
-_FLAGS_WITH_VALUE |= {"--package", "-p", "--info", "-i", "--cfg", "-c"}
+_MULTIRUN, _RUN = ("--multirun", "-m"), ("--run", "-r")
+_CFG, _INFO = ("--cfg", "-c"), ("--info", "-i")
+_VALUES = {
+    **dict.fromkeys(_CFG, ("job", "hydra", "all")),
+    **dict.fromkeys(_INFO, ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
+}
+_HELP, _PLAIN = ("--help", "-h"), ("--hydra-help", "--version", "--resolve")
+_MOST_JOBS = 1000  # of one sweep
+_FLAGS = (*_HELP, *_MULTIRUN, *_RUN, *_PLAIN, *_VALUES)
 
 
 def choices(group: str) -> list[str]:
@@ -35,10 +45,10 @@ def parse_overrides(arguments: list[str]) -> list[Override]:
     for text in arguments:
         try:
             parsed.append(parser.parse_override(text))
-        except HydraException as error:
+        except (HydraException, ValueError, RecursionError) as error:
             if "=" not in text:
                 raise ConfigError(f"'{text}' is not of the form key=value") from None
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or ["no value"])[0]
             raise ConfigError(
                 f"'{text}' cannot be read ({reason}); quote a value with special characters, "
                 "as in 'key=\"a b\"'"
@@ -47,14 +57,28 @@ def parse_overrides(arguments: list[str]) -> list[Override]:
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Hydra's flags (with their values) and the overrides."""
-    flags, overrides, value_of_flag = [], [], False
-    for argument in argv:
-        if value_of_flag or argument.startswith("-"):
-            flags.append(argument)
-            value_of_flag = not value_of_flag and argument in _FLAGS_WITH_VALUE
-        else:
+    """Hydra's options (with their values) and the overrides; ConfigError names a wrong option."""
+    flags, overrides = [], []
+    rest = iter(argv)
+    for argument in rest:
+        if not argument.startswith("-"):
             overrides.append(argument)
+            continue
+        flag, has_value, value = argument.partition("=")
+        if flag not in _FLAGS or (has_value and flag not in _VALUES):
+            raise ConfigError(f"there is no option {argument}{nearest(flag, _FLAGS)}")
+        flags.append(flag)
+        if flag in _VALUES:
+            value = value if has_value else next(rest, "")
+            if value not in _VALUES[flag]:
+                raise ConfigError(f"{flag} {value or 'alone'} is not possible"
+                                  f"{nearest(value, _VALUES[flag])}")  # fmt: skip
+            flags.append(value)
+    given = set(flags)
+    if "--resolve" in given and not given & set(_CFG):
+        raise ConfigError("--resolve belongs to --cfg; use --cfg job --resolve")
+    if given & set(_MULTIRUN) and given & {*_CFG, *_INFO, *_RUN}:
+        raise ConfigError("-m runs jobs; leave out --run, --cfg and --info, or leave out -m")
     return flags, overrides
 
 
@@ -62,7 +86,9 @@ def check_override(override: Override, schema: type[BaseModel]) -> None:
     """Raise ConfigError unless the override names a key or group that exists."""
     key = override.key_or_group
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-        return
+        raise ConfigError(f"{key}: Hydra's own settings are fixed here; leave it out")
+    if override.package is not None:
+        raise ConfigError(f"'{override.input_line}': a preset cannot be moved; use {key}=NAME")
     if override.is_delete():
         raise ConfigError(f"'{override.input_line}' deletes a key; set {key} to a value instead")
     section, _, rest = key.partition(".")
@@ -73,12 +99,11 @@ def check_override(override: Override, schema: type[BaseModel]) -> None:
         )
     groups = [g for g in GROUPS if g in schema.model_fields or (CONFIG_DIR / g).is_dir()]
     if key in groups and not isinstance(override.value(), dict):
-        values = list(override.sweep_iterator()) if override.is_sweep_override() else None
-        for value in values or [override.get_value_element_as_str()]:
+        for value in _given(override):
             name = str(value).strip("'\"")
             if name not in choices(key) and name != "null":
                 raise ConfigError(f"{key}={name} does not exist{nearest(name, choices(key))}")
-            if name == "null" and key != "experiment" and not _nullable(schema, key):
+            if name == "null" and not _nullable(schema, key):
                 raise ConfigError(f"{key}=null is not possible{nearest('', choices(key))}")
         return
     keys = known_keys(schema)
@@ -88,6 +113,20 @@ def check_override(override: Override, schema: type[BaseModel]) -> None:
             nested = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
             hint = nearest(nested[0], nested) if nested else "; --help lists all keys"
         raise ConfigError(f"there is no key {key}{hint}")
+
+
+def _given(override: Override) -> list[Any]:
+    """The value of an override, or the values of a sweep over it."""
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    line, example = override.input_line, f"{override.key_or_group}=A,B"
+    try:
+        values = list(islice(override.sweep_iterator(), _MOST_JOBS + 1))
+    except (HydraException, ValueError, TypeError):
+        raise ConfigError(f"'{line}' cannot be swept over; list values, as in {example}") from None
+    if not 1 <= len(values) <= _MOST_JOBS:
+        raise ConfigError(f"'{line}' gives {'no value' if not values else 'too many values'}")
+    return values
 
 
 def _nullable(schema: type[BaseModel], key: str) -> bool:
@@ -123,41 +162,39 @@ def expand_sweep(overrides: list[Override]) -> list[list[str]]:
     return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
 
 
-_INFORM = {"--hydra-help", "--version", "--shell-completion", "-sc", "--resolve"}
-_MULTIRUN, _RUN = {"--multirun", "-m"}, {"--run", "-r"}
-
-
-def preflight(config_name: str, schema: type[BaseModel], argv: list[str]) -> list[str]:
+def preflight(
+    config_name: str,
+    schema: type[BaseModel],
+    argv: list[str],
+    check_job: Callable[[dict[str, Any], list[str]], object] | None = None,
+) -> list[str]:
     """Answer --help, and check the whole command line: ConfigError names what is wrong.
 
-    Returns the arguments for Hydra.
+    `check_job(values, overrides)` checks each job of a multirun before the first one starts; an
+    entry without it has no multirun. Returns the arguments for Hydra.
     """
     flags, arguments = split_arguments(argv)
-    if {"--help", "-h"} & set(flags):
+    if set(_HELP) & set(flags):
         sys.stdout.write(help_text(config_name, schema))
         sys.exit(0)
-    known = _MULTIRUN | _RUN | _INFORM | _FLAGS_WITH_VALUE
-    for flag in flags:
-        if flag.startswith("-") and flag.split("=")[0] not in known:
-            raise ConfigError(f"there is no option {flag}{nearest(flag, known)}")
     arguments = _last_wins(arguments)
     overrides = parse_overrides(arguments)
     for override in overrides:
         check_override(override, schema)
-    if set(flags) - _MULTIRUN - _RUN:
-        return argv  # asks Hydra for information, or for other YAML files: it composes by itself
-    if "data" in schema.model_fields and _nullable(schema, "data"):
-        arguments = _onto_null_data(arguments)
-    if not _MULTIRUN & set(flags):
+    arguments = _onto_checkpoint(arguments, schema)
+    if not set(_MULTIRUN) & set(flags):
         for override in overrides:
             if override.is_sweep_override():
-                raise ConfigError(
-                    f"'{override.input_line}' gives several values; add -m to run them all"
-                )
+                hint = "; add -m to run them all" if check_job else ""
+                raise ConfigError(f"'{override.input_line}' gives several values{hint}")
         compose_values(config_name, arguments)
         return [*flags, *arguments]
-    for job in expand_sweep(overrides):
-        validate(schema, compose_values(config_name, job))
+    if check_job is None:
+        raise ConfigError("-m is for pretrain.py; evaluate one checkpoint at a time")
+    if math.prod(len(_given(override)) for override in overrides) > _MOST_JOBS:
+        raise ConfigError(f"the sweep has more than {_MOST_JOBS} jobs; list fewer values")
+    for job in expand_sweep(parse_overrides(arguments)):
+        check_job(compose_values(config_name, job), job)
     return [*flags, *arguments]
 
 
@@ -167,11 +204,21 @@ def _last_wins(arguments: list[str]) -> list[str]:
     return [text for text in arguments if last[text.lstrip("+").partition("=")[0]] is text]
 
 
-def _onto_null_data(arguments: list[str]) -> list[str]:
-    """`data.key=value` without a `data=` preset adds to the checkpoint's own data settings."""
-    if any(text.startswith("data=") for text in arguments):
+def _onto_checkpoint(arguments: list[str], schema: type[BaseModel]) -> list[str]:
+    """`group.key=value` where the checkpoint's preset counts, not the one that is composed here.
+
+    The `++` lets Hydra take a key that the composed preset lacks; the schema has the last word.
+    """
+    texts = [text.lstrip("+") for text in arguments]
+    if not (any(t.startswith("load_checkpoint=") for t in texts) or "checkpoint" in
+            schema.model_fields):  # fmt: skip
         return arguments
-    return [f"++{text}" if text.startswith("data.") else text for text in arguments]
+    given = {text.partition("=")[0] for text in texts}
+    return [
+        f"++{text}" if text.partition(".")[0] in {*GROUPS} - given and "." in text.partition("=")[0]
+        else argument
+        for argument, text in zip(arguments, texts, strict=True)
+    ]  # fmt: skip
 
 
 def help_text(config_name: str, schema: type[BaseModel]) -> str:
@@ -202,8 +249,8 @@ def help_text(config_name: str, schema: type[BaseModel]) -> str:
             lines.append(f"  {group + '=':<13}{', '.join(choices(group))}")
     lines += ["", "keys, with their values in this configuration"]
     lines += _describe(schema, values, "")
-    lines += ["", "also: -m (several values per key), --cfg job (print the configuration),"]
-    lines += ["--hydra-help (Hydra's own options)", ""]
+    multirun = "-m (several values per key), " if config_name == "cfg_pretrain" else ""
+    lines += ["", f"also: {multirun}--cfg job (print the configuration)", ""]
     return "\n".join(lines)
 
 

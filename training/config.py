@@ -39,8 +39,8 @@ class Section(BaseModel):
 class EvalConfig(Section):
     """How models are evaluated."""
 
-    batch_size: int | None = Field(None, ge=1, description="null: as in training")
-    max_examples: int | None = Field(None, ge=1, description="a seeded subset of each set")
+    batch_size: int | None = Field(None, ge=1, le=2**20, description="null: as in training")
+    max_examples: int | None = Field(None, ge=1, le=10**9, description="seeded subset of each")
     save_predictions: bool = Field(False, description="write predictions.npz with the report")
 
 
@@ -48,14 +48,16 @@ class WandbConfig(Section):
     """Weights & Biases. `offline` needs no account; metrics.jsonl is always written."""
 
     mode: Literal["online", "offline", "disabled"] = Field("disabled", description="where to log")
-    project: str = Field("loopwright", min_length=1, description="project name")
+    project: str = Field("loopwright", pattern=r"^[^/\\#?%:]{1,128}$", description="project name")
     entity: str | None = Field(None, description="user or team")
     group: str | None = Field(None, description="group of runs")
     tags: tuple[str, ...] = Field((), description="labels of the run")
 
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-Name = Annotated[str, Field(pattern=r"^[\w.,=+\-]+(/[\w.,=+\-]+)?$", max_length=200)]
+_PART = r"[\w.,=+\-]*[\w,=+\-][\w.,=+\-]*"  # not dots alone: `..` is another folder
+Name = Annotated[str, Field(pattern=rf"^{_PART}(/{_PART})?$", max_length=200)]
+Steps = Annotated[int, Field(le=10**12)]
 
 
 class RunConfig(Section):
@@ -69,13 +71,13 @@ class RunConfig(Section):
     data: _one_of(DATASETS) = Field(description="dataset")
 
     seed: int = Field(0, ge=0, lt=2**63, description="of weights, data order and exploration")
-    global_batch_size: int = Field(768, ge=1, description="rows per optimizer step, all ranks")
-    grad_accum: int = Field(1, ge=1, description="micro-batches that a step is cut into")
-    epochs: int = Field(50000, ge=1, description="passes over the original puzzles")
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    global_batch_size: int = Field(768, ge=1, le=2**20, description="rows per step, all ranks")
+    grad_accum: int = Field(1, ge=1, le=2**20, description="micro-batches that a step is cut into")
+    epochs: Steps = Field(50000, ge=1, description="passes over the original puzzles")
+    max_steps: Steps | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
 
     lr: float = Field(1e-4, ge=0, le=10, description="peak learning rate")
-    lr_warmup_steps: int = Field(2000, ge=0, description="linear warm-up, in steps")
+    lr_warmup_steps: Steps = Field(2000, ge=0, description="linear warm-up, in steps")
     lr_min_ratio: float = Field(1.0, ge=0, le=1, description="final / peak learning rate (cosine)")
     puzzle_emb_lr: float = Field(1e-2, ge=0, le=10, description="SignSGD of the puzzle embeddings")
     puzzle_emb_weight_decay: float = Field(0.1, ge=0, description="their decoupled decay")
@@ -88,10 +90,10 @@ class RunConfig(Section):
     device: Device = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: CUDA")
 
-    log_interval: int = Field(10, ge=1, description="steps between log lines")
-    eval_interval: int | None = Field(None, ge=1, description="steps; null: at the end only")
-    checkpoint_interval: int | None = Field(None, ge=1, description="steps; null: eval_interval")
-    keep_checkpoints: int = Field(2, ge=1, description="newest ones kept, beside the best")
+    log_interval: Steps = Field(10, ge=1, description="steps between log lines")
+    eval_interval: Steps | None = Field(None, ge=1, description="steps; null: at the end only")
+    checkpoint_interval: Steps | None = Field(None, ge=1, description="null: eval_interval")
+    keep_checkpoints: int = Field(2, ge=1, le=10**6, description="newest, beside the best")
     eval: EvalConfig = EvalConfig()
     wandb: WandbConfig = WandbConfig()
 
@@ -101,6 +103,13 @@ class RunConfig(Section):
     load_checkpoint: str | None = Field(
         None, min_length=1, description="run folder, checkpoint, weights file, or latest"
     )
+
+
+class CheckpointKeys(Section):
+    """The keys that say where a checkpoint is: its configuration comes before all other keys."""
+
+    load_checkpoint: str | None = Field(None, min_length=1)
+    runs_dir: str = Field("runs", min_length=1)
 
 
 class EvaluateConfig(Section):
@@ -158,8 +167,10 @@ def _sentence(schema: type[Section], error: ValidationError) -> str:
         return message if message.startswith(path[0] + ".") else f"{key}: {message}"
     if kind == "string_pattern_mismatch" and key == "device":
         message = "should be auto, cpu, mps, cuda or cuda:N"
+    elif kind == "string_pattern_mismatch" and key == "wandb.project":
+        message = "should be 1 to 128 characters without any of / \\ # ? % :"
     elif kind == "string_pattern_mismatch":
-        message = "should be letters, digits and .,=+-_ with at most one /"
+        message = "should be letters, digits and .,=+-_ with at most one /, not dots alone"
     return f"{key}={json.dumps(given)} is not valid: {message[0].lower()}{message[1:]}"
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+_LONGEST = 1200  # characters of a message
+# What the system refuses through no fault of the program: a full disk, a folder without rights.
+_OUTSIDE = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENAMETOOLONG")
+_OUTSIDE_NUMBERS = {getattr(errno, name) for name in _OUTSIDE if hasattr(errno, name)}
 
 
 class ConfigError(ValueError):
@@ -37,6 +43,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def fail(message: str, exit_code: int = EXIT_BAD_INPUT) -> None:
     """Say what is wrong and end the program."""
     sentence = " ".join(str(message).split())
+    if len(sentence) > _LONGEST:  # someone's huge value in its middle
+        sentence = f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
     sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {sentence}\n")
     sys.exit(exit_code)
 
@@ -50,3 +58,9 @@ def reported() -> Iterator[None]:
         yield
     except (ConfigError, DataError) as error:
         fail(str(error), getattr(error, "exit_code", EXIT_BAD_INPUT))
+    except KeyboardInterrupt:
+        fail("interrupted", EXIT_INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _OUTSIDE_NUMBERS:
+            raise
+        fail(f"{error.filename or 'writing'}: {error.strerror}", TrainingFailed.exit_code)

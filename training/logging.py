@@ -54,9 +54,12 @@ class JsonlSink:
     """metrics.jsonl: one JSON object per line. Lines after the resumed step are set aside."""
 
     def __init__(self, path: Path, start_step: int) -> None:
+        self.known: set[frozenset[str]] = set()
+        self.start_step = start_step
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= start_step]
+            self.known = {_what(json.loads(line)) for line in kept if _step_of(line) == start_step}
             if len(kept) < len(lines):
                 aside = path.with_name("metrics.superseded.jsonl")
                 with aside.open("a") as file:
@@ -67,7 +70,12 @@ class JsonlSink:
         self.file = path.open("a", buffering=1)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line; what is not finite becomes null."""
+        """Append one line; what is not finite becomes null.
+
+        What is there already is not repeated: a complete run, resumed, is evaluated once more.
+        """
+        if step == self.start_step and _what({"step": step, **values}) in self.known:
+            return
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
@@ -77,6 +85,11 @@ class JsonlSink:
     def close(self, summary: dict[str, Any]) -> None:
         """Close the file."""
         self.file.close()
+
+
+def _what(values: dict[str, Any]) -> frozenset[str]:
+    """What kind of line it is: its keys."""
+    return frozenset(values)
 
 
 def _step_of(line: str) -> float:
@@ -153,7 +166,10 @@ class RunLogger:
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Record `values` at `step` everywhere."""
         for sink in self.sinks:
-            sink.log(step, values)
+            try:
+                sink.log(step, values)
+            except OSError as error:
+                logger.error("step %d could not be logged (%s); training goes on", step, error)
 
     def close(self, summary: dict[str, Any]) -> None:
         """Finish everywhere."""

@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from types import FrameType
@@ -30,7 +31,7 @@ from training.logging import RunLogger, set_up_logging
 from training.plot import plot_run
 from training.resolve import ResolvedRun, command
 from training.resume import Resume, WarmStart
-from training.run_folder import describe, environment, lock, write_summary
+from training.run_folder import describe, discard, environment, lock, write_summary
 from training.state import LOSSES, METRICS, TrainState
 from training.step import learning_rates, train_step
 
@@ -61,9 +62,15 @@ def train(run: ResolvedRun) -> dict[str, Any]:
 
     Raises ConfigError on what a user can mend, TrainingFailed where it cannot go on.
     """
-    set_up_logging(run.run_dir / "log.txt")
     with lock(run.run_dir), memory_advice(run.config):
-        return Trainer(run).fit()
+        set_up_logging(run.run_dir / "log.txt")
+        try:
+            trainer = Trainer(run)
+        except BaseException:
+            set_up_logging()  # closes log.txt
+            discard(run.run_dir, run.config)
+            raise
+        return trainer.fit()
 
 
 class Trainer:
@@ -82,6 +89,7 @@ class Trainer:
             self.state.model.compile_levels()
         self._announce(device)
         self.best = -1.0
+        self.saved_step: int | None = None
         self.started_at = 0
         self.seconds = 0.0  # spent in training steps, over all sittings
         if isinstance(run.resume, Resume):
@@ -90,11 +98,12 @@ class Trainer:
             self.started_at = self.state.step
             checkpoint.tidy(run.run_dir, self.state.step)
             self.best = (checkpoint.best(run.run_dir) or {}).get("exact_accuracy", -1.0)
+            if (checkpoint.folder(run.run_dir) / checkpoint.name(self.state.step)).exists():
+                self.saved_step = self.state.step
         elif isinstance(run.resume, WarmStart):
             self.state.warm_start(run.resume)
         self.logger = RunLogger(run, self.state.step)
         self.reports: dict[str, SetReport] = {}
-        self.saved_step: int | None = None
         self.evaluated_step: int | None = None
 
     def _announce(self, device: torch.device) -> None:
@@ -135,7 +144,7 @@ class Trainer:
                     clock = self._log(progress, clock)
                 if config.eval_interval and state.step % config.eval_interval == 0:
                     clock = self._pause(clock, self._evaluate)
-                if state.step % run.checkpoint_interval == 0:
+                if state.step % run.checkpoint_interval == 0 and state.step < run.total_steps:
                     clock = self._pause(clock, self._save)
             self._count_time(clock)
             progress.close()
@@ -192,7 +201,7 @@ class Trainer:
         if not nonfinite or self.run.config.on_nonfinite == "skip":
             return
         steps = checkpoint.list_steps(self.run.run_dir)
-        good = checkpoint.folder(self.run.run_dir) / checkpoint.name(steps[-1])
+        good = checkpoint.folder(self.run.run_dir) / checkpoint.name(steps[-1]) if steps else "none"
         raise TrainingFailed(
             f"the loss or a gradient became NaN or infinite before step {self.state.step}; the "
             f"last good checkpoint is {good}: resume it with a lower lr, or on_nonfinite=skip"
@@ -220,7 +229,8 @@ class Trainer:
         if score > self.best:
             self.best = score
             self._save()
-            checkpoint.mark_best(run.run_dir, state.step, score)
+            if self.saved_step == state.step:
+                self._attempt("mark the best checkpoint", checkpoint.mark_best, state.step, score)
 
     def score(self) -> float:
         """Exact accuracy over all test puzzles."""
@@ -251,8 +261,15 @@ class Trainer:
                          "whole, training goes on", state.step, error)  # fmt: skip
             return
         self.saved_step = state.step
-        checkpoint.prune(run.run_dir, run.config.keep_checkpoints)
+        self._attempt("remove old checkpoints", checkpoint.prune, run.config.keep_checkpoints)
         logger.info("saved %s (parameters, optimizer states, EMA, carry)", path)
+
+    def _attempt(self, purpose: str, work: Callable[..., None], *arguments: Any) -> None:
+        """Tidy among the checkpoints; training goes on where the disk refuses."""
+        try:
+            work(self.run.run_dir, *arguments)
+        except OSError as error:
+            logger.error("could not %s (%s); training goes on", purpose, error)
 
     def _end(self, signal_name: str | None) -> dict[str, Any]:
         run, state = self.run, self.state
@@ -270,7 +287,10 @@ class Trainer:
             "sets": {name: asdict(r) for name, r in self.reports.items()},
         }
         write_summary(run.run_dir, summary)
-        logger.info("curves: %s", plot_run(run.run_dir))
+        try:
+            logger.info("curves: %s", plot_run(run.run_dir))
+        except (OSError, ValueError) as error:
+            logger.warning("the curves could not be drawn (%s)", error)
         self.logger.close({k: v for k, v in summary.items() if k != "sets"})
         if signal_name is not None and not finished:
             logger.info("%s: stopped after step %d of %d, everything is saved", signal_name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     if config.weights == "ema" and "ema.safetensors" not in found.index["files"]:
         raise ConfigError(f"{found.path} has no EMA weights; use weights=model")
     check_device(config.device)
+    output_dir = Path(config.output_dir) if config.output_dir else found.run_dir
+    _require_writable(output_dir)
     data = _test_data(config, found)
     data.check()
     dataset_path = data.prepare(Path(config.datasets_dir))
@@ -68,12 +71,19 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
             f"{dataset_path} does not fit {found.path}: it has {info.seq_len} tokens of a "
             f"vocabulary of {info.vocab_size}, the model {dims.seq_len} of {dims.vocab_size}"
         )
-    output_dir = Path(config.output_dir) if config.output_dir else found.run_dir
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir={output_dir} cannot be created: {error.strerror}") from None
     return ResolvedEvaluation(config, trained, found, dims, dataset_path, info, output_dir)
+
+
+def _require_writable(output_dir: Path) -> None:
+    """Raise ConfigError unless reports can be written there; creates nothing."""
+    there = next(p for p in (output_dir, *output_dir.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        state = "is not writable" if there.is_dir() else "is a file"
+        raise ConfigError(f"output_dir={output_dir}: {there} {state}; choose a writable folder")
 
 
 def _test_data(config: EvaluateConfig, found: Resume) -> DatasetConfig:

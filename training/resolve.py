@@ -12,10 +12,10 @@ from typing import Any
 
 from data import DatasetInfo, dataset_info
 from models import ModelDims
-from training.config import RunConfig, validate
+from training.config import CheckpointKeys, RunConfig, validate
 from training.errors import ConfigError
 from training.resume import Resume, WarmStart, find_checkpoint, merge
-from training.run_folder import new_run_dir, reopen_run_dir
+from training.run_folder import discard, new_run_dir, reopen_run_dir
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class World:
         values = {}
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
             text = os.environ.get(name, str(default))
-            if not text.isdigit():
+            if not (text.isascii() and text.isdigit()):
                 raise ConfigError(f"the environment variable {name}={text} should be a number")
             values[name] = int(text)
         if values["WORLD_SIZE"] < 1 or values["RANK"] >= values["WORLD_SIZE"]:
@@ -144,33 +144,49 @@ def dims_of(info: DatasetInfo) -> ModelDims:
     return ModelDims(info.seq_len, info.vocab_size, info.num_puzzle_ids)
 
 
-def resolve(values: dict[str, Any], overrides: list[str]) -> ResolvedRun:
-    """Check everything, find the checkpoint, build the dataset if missing, open the run folder.
-
-    `values` is the composed configuration, `overrides` what the user wrote on the command line.
-    Raises ConfigError or DataError with one sentence.
-    """
+def check_job(
+    values: dict[str, Any], overrides: list[str]
+) -> tuple[RunConfig, World, Resume | WarmStart | None]:
+    """Every check that needs neither torch nor the dataset; writes nothing."""
     world = World.from_environment()
     if world.size > 1:
         raise ConfigError(
             f"WORLD_SIZE={world.size}: training on several ranks is not supported yet; "
             "start a single process"
         )
-    config, found = validate(RunConfig, values), None
-    if config.load_checkpoint is not None:
-        found = find_checkpoint(config.load_checkpoint, Path(config.runs_dir))
+    keys = validate(CheckpointKeys, {k: values.get(k) for k in CheckpointKeys.model_fields})
+    found = None
+    if keys.load_checkpoint is not None:
+        found = find_checkpoint(keys.load_checkpoint, Path(keys.runs_dir))
     if isinstance(found, Resume):
         found, values = merge(found, values, overrides)
-        config = validate(RunConfig, values)
+    config = validate(RunConfig, values)
     check(config, world)
-    dataset_path = config.data.prepare(Path(config.datasets_dir))
-    info = dataset_info(dataset_path)
-    total_steps = count_steps(config, info)
     if isinstance(found, Resume):
-        found.check_dataset(info)
+        found.check_data(config.data)
+    return config, world, found
+
+
+def resolve(values: dict[str, Any], overrides: list[str]) -> ResolvedRun:
+    """Check everything, find the checkpoint, build the dataset if missing, open the run folder.
+
+    `values` is the composed configuration, `overrides` what the user wrote on the command line.
+    Raises ConfigError or DataError with one sentence; a new run folder is gone again then.
+    """
+    config, world, found = check_job(values, overrides)
+    if isinstance(found, Resume):
         run_dir, run_id = reopen_run_dir(config, found)
     else:
         run_dir, run_id = new_run_dir(config)
+    try:
+        dataset_path = config.data.prepare(Path(config.datasets_dir))
+        info = dataset_info(dataset_path)
+        total_steps = count_steps(config, info)
+        if isinstance(found, Resume):
+            found.check_dataset(info)
+    except BaseException:
+        discard(run_dir, config)
+        raise
     return ResolvedRun(
         config, dims_of(info), dataset_path, info, total_steps, world, run_dir, run_id, found
     )

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from data import DatasetInfo
+from data import DatasetConfig, DatasetInfo
 from training import checkpoint
 from training.config import RunConfig, validate
 from training.errors import ConfigError, nearest
+from training.weights import check_weights_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,23 @@ class Resume:
         """The run folder that the checkpoint lies in."""
         return self.path.parent.parent
 
+    @property
+    def in_run_folder(self) -> bool:
+        """Whether the checkpoint lies in a run folder; one that was copied out of it does not."""
+        return self.path.parent.name == "checkpoints"
+
+    def check_data(self, data: DatasetConfig) -> None:
+        """Raise ConfigError if changed settings plainly name another dataset; builds nothing."""
+        changes = [text for text in self.changes if text.startswith("data.")]
+        named = isinstance(self.index["config"]["data"].get("name"), str)
+        if not (changes and named) or data.name == "folder":
+            return
+        if data.fingerprint() != self.index["dataset"]["fingerprint"]:
+            raise ConfigError(
+                f"{'; '.join(changes)}: that is another dataset than the one {self.path} was "
+                "trained on; to start from its weights only, give its model.safetensors file"
+            )
+
     def check_dataset(self, info: DatasetInfo) -> None:
         """Raise ConfigError unless the dataset is the one the state was trained on."""
         saved = self.index["dataset"]
@@ -37,8 +55,8 @@ class Resume:
             now = getattr(info, key)
             if saved[key] != now:
                 raise ConfigError(
-                    f"{self.path} was trained on another dataset: {key} was {saved[key]} and is "
-                    f"{now}; to start from its weights only, give its model.safetensors file"
+                    f"data: {self.path} was trained on another dataset: {key} was {saved[key]} and "
+                    f"is {now}; to start from its weights only, give its model.safetensors file"
                 )
 
 
@@ -53,6 +71,7 @@ def find_checkpoint(text: str, runs_dir: Path) -> Resume | WarmStart:
     """What `text` names: `latest`, a run folder, a checkpoint folder, or a weights file."""
     path = _latest_run(runs_dir) if text == "latest" else Path(text).expanduser()
     if path.is_file():
+        check_weights_file(path)
         return WarmStart(path)
     if (path / checkpoint.INDEX).exists() or (path.name.startswith("step_") and path.is_dir()):
         return Resume(path.resolve(), checkpoint.read_index(path))
@@ -107,17 +126,24 @@ def explicit_keys(overrides: list[str]) -> list[str]:
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         if key == "experiment":
-            from training.cli import CONFIG_DIR
-
-            preset = yaml.safe_load((CONFIG_DIR / "experiment" / f"{value}.yaml").read_text())
-            preset = preset or {}
-            for default in preset.pop("defaults", []):
-                if isinstance(default, dict):
-                    keys += [k.removeprefix("override").strip(" /") for k in default]
-            keys += _leaves(preset, "")
+            keys += _preset_keys(value.strip("'\""))
         elif not key.startswith("hydra") and key != "load_checkpoint":
             keys.append(key)
     return keys
+
+
+def _preset_keys(experiment: str) -> list[str]:
+    """Dotted keys and groups that an experiment sets, with those of the ones it builds on."""
+    from training.cli import CONFIG_DIR
+
+    preset = yaml.safe_load((CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text()) or {}
+    keys = []
+    for default in preset.pop("defaults", []):
+        if isinstance(default, dict):
+            keys += [k.removeprefix("override").strip(" /") for k in default]
+        elif default != "_self_":
+            keys += _preset_keys(default)
+    return keys + _leaves(preset, "")
 
 
 def _leaves(tree: dict[str, Any], prefix: str) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -64,8 +65,9 @@ def new_run_dir(config: RunConfig) -> tuple[Path, str]:
 
 
 def reopen_run_dir(config: RunConfig, resume: Resume) -> tuple[Path, str]:
-    """The folder of the resumed run, or a new one if the user gave another run_name."""
-    if config.run_name is not None and config.run_name != resume.index["config"]["run_name"]:
+    """The resumed run's folder; a new one for another run_name, or a checkpoint outside of runs."""
+    renamed = config.run_name not in (None, resume.index["config"]["run_name"])
+    if renamed or not resume.in_run_folder:
         return new_run_dir(config)
     return Path(os.path.relpath(resume.run_dir)), resume.index["run_id"]
 
@@ -78,6 +80,20 @@ def _create(run_dir: Path) -> None:
             f"the run folder {run_dir} cannot be created: {error.strerror}; "
             "set runs_dir to a writable folder"
         ) from None
+
+
+def discard(run_dir: Path, config: RunConfig) -> None:
+    """Remove a run folder in which no run has begun, and the folders above that held only it."""
+    if any((run_dir / "checkpoints").iterdir()) or (run_dir / "metrics.jsonl").exists():
+        return
+    shutil.rmtree(run_dir, ignore_errors=True)
+    for parent in run_dir.parents:
+        if not parent.is_relative_to(config.runs_dir):
+            return
+        try:
+            parent.rmdir()
+        except OSError:  # not empty
+            return
 
 
 def describe(run_dir: Path, config: RunConfig) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from training.checkpoint import read_tensors
 from training.errors import ConfigError
 from training.resolve import ResolvedRun
 from training.resume import Resume, WarmStart
+from training.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -124,45 +124,12 @@ class TrainState:
 
     def warm_start(self, start: WarmStart) -> None:
         """Take the weights, and nothing else, from a file."""
-        saved = read_weights(start)
+        saved = read_weights(start.path)
         own = self.model.state_dict()
         _copy_all(own, saved, str(start.path))
         if self.ema is not None:
             self.ema.load_state_dict({k: own[k] for k in self.ema.shadow})
         logger.info("warm start: weights from %s, everything else new, at step 0", start.path)
-
-
-def read_weights(start: WarmStart) -> dict[str, Tensor]:
-    """The tensors of a weights file under our names (with or without `_orig_mod.`).
-
-    A `.safetensors` file, or a torch file, of which only tensors are unpickled.
-    """
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from models.legacy import from_reference, is_reference
-
-    try:
-        if start.path.suffix == ".safetensors":
-            tensors: Any = load_file(start.path)
-        else:
-            tensors = torch.load(start.path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"{start.path} cannot be read as a weights file ({reason}); give a .safetensors file "
-            "or a torch file that holds tensors only"
-        ) from None
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ConfigError(f"{start.path} is not a state dict: it should map names to tensors")
-    try:
-        if is_reference(tensors):
-            return from_reference(tensors)
-    except KeyError as error:
-        raise ConfigError(f"{start.path}: {error.args[0]}") from None
-    return {k.replace("_orig_mod.", "").removeprefix("model."): t for k, t in tensors.items()}
 
 
 @torch.no_grad()
