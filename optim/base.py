@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from optim.checks import check_grad, check_lr, check_options, check_param, match_state
+from optim.checks import check_grad, check_lr, check_options, check_param, match_groups
 from optim.clip import clip_scale, global_grad_norm
 from optim.kernels import available
 
@@ -307,19 +307,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             saved = hook(self, saved) or saved
         groups = saved["param_groups"]
-        sizes, own = (
-            [len(g["params"]) for g in groups],
-            [len(g["params"]) for g in self.param_groups],
-        )
-        if sizes != own:
-            raise ValueError(
-                f"the saved optimizer has groups of {sizes} parameters, this one of {own}"
-            )
-        copies: list[tuple[Tensor, Tensor]] = []
-        for theirs, ours in zip(groups, self.param_groups, strict=True):
-            self._check_options({**ours, **theirs})
-            for i, p in zip(theirs["params"], ours["params"], strict=True):
-                copies += match_state(i, saved["state"].get(i, {}), self.state[p])
+        copies = match_groups(saved, self.param_groups, self.state, self._check_options)
         for theirs, ours in zip(groups, self.param_groups, strict=True):
             ours.update(deepcopy({k: v for k, v in theirs.items() if k != "params"}))
             if "betas" in ours:  # JSON has no tuples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,3 +85,22 @@ def match_state(
                 f"{tuple(value.shape)}"
             )
     return [(value, torch.as_tensor(saved[name])) for name, value in own.items()]
+
+
+def match_groups(
+    saved: Mapping[str, Any],
+    own_groups: Sequence[Mapping[str, Any]],
+    own_state: Mapping[Tensor, Mapping[str, Tensor]],
+    check: Callable[[dict[str, Any]], None],
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs (own tensor, saved value) of a whole optimizer; ValueError if they do not fit."""
+    groups = saved["param_groups"]
+    sizes, own = [len(g["params"]) for g in groups], [len(g["params"]) for g in own_groups]
+    if sizes != own:
+        raise ValueError(f"the saved optimizer has groups of {sizes} parameters, this one of {own}")
+    copies: list[tuple[Tensor, Tensor]] = []
+    for theirs, ours in zip(groups, own_groups, strict=True):
+        check({**ours, **theirs})
+        for i, p in zip(theirs["params"], ours["params"], strict=True):
+            copies += match_state(i, saved["state"].get(i, {}), own_state[p])
+    return copies

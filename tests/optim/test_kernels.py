@@ -25,12 +25,10 @@ def run(*arguments, **environment):
 
 
 slow = pytest.mark.slow
+FEW = "options2 or norm or special or shadow"
 
 
-@pytest.mark.parametrize(
-    "some",
-    ["options0 or options2 or not options", pytest.param("options1 or options3", marks=slow)],
-)
+@pytest.mark.parametrize("some", [FEW, pytest.param(f"not ({FEW})", marks=slow)])
 def test_kernels_in_the_interpreter(some):
     """In a process of its own: Triton decides at import whether to interpret."""
     out = run("-m", "pytest", "-q", "-k", some, "tests/optim/kernel_cases.py", TRITON_INTERPRET="1")

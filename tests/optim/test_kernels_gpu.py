@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from optim import EMA, AdamATan2, AdamW
+from optim import EMA, AdamATan2, AdamW, global_grad_norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,27 +25,36 @@ per_class = pytest.mark.parametrize("cls", [AdamW, AdamATan2])
 
 
 def test_adamw_is_torch_adamw_to_an_ulp():
-    """States put equal before each step; ulp of the larger of old and new value; 50 steps."""
+    """States put equal before each step; ulp of the larger of old and new value; 50 steps.
+
+    Where a weight and its update both nearly vanish, one ulp holds only if every rounding is that
+    of torch's kernel: the message says for how many elements each state differs at all.
+    """
     params, opt = make(AdamW, {}, True, [(513, 1029)])
     opt.set_lr(1e-3)
     twin = params[0].detach().clone().requires_grad_()
     lr = torch.tensor(1e-3, device="cuda")
     ref = torch.optim.AdamW([twin], lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    worst = 0.0
+    worst, differ = 0.0, dict.fromkeys(("param", "exp_avg", "exp_avg_sq"), 0)
     for seed in range(50):
         set_grads(params, seed)
         twin.grad = params[0].grad.clone()
         old = twin.detach().clone()
         opt.step()
         ref.step()
-        size = torch.maximum(old.abs(), twin.detach().abs())
-        ulp = torch.nextafter(size, torch.full_like(size, torch.inf)) - size
-        worst = max(worst, float(((params[0] - twin).abs() / ulp).max()))
         with torch.no_grad():
+            size = torch.maximum(old.abs(), twin.abs())
+            ulp = torch.nextafter(size, torch.full_like(size, torch.inf)) - size
+            worst = max(worst, float(((params[0] - twin).abs() / ulp).max()))
+            mine, theirs = opt.state[params[0]], ref.state[twin]
+            differ["param"] += int((params[0] != twin).sum())
             params[0].copy_(twin)
-            for name, value in ref.state[twin].items():
-                opt.state[params[0]][name].copy_(value)
-    assert worst <= 1.0, worst
+            for name, value in theirs.items():
+                if name in differ:
+                    differ[name] += int((mine[name] != value).sum())
+                mine[name].copy_(value)
+    print("elements of 50 steps that differ in a bit:", differ, "worst ulp:", worst)
+    assert worst <= 1.0, (worst, differ)
 
 
 @per_class
@@ -86,6 +95,35 @@ def test_one_launch_and_the_same_bits_every_time(cls, options):
     names = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
     kernels = [n for n in names if "Memcpy" not in n and "Memset" not in n]
     assert len(kernels) == 1 and "adam_kernel" in kernels[0], kernels
+
+
+@per_class
+def test_clip_step_and_average_are_two_launches(cls):
+    params, opt = make(cls, {}, True, [(1000, 1031), (77,)] * 3)
+    ema = EMA(params, 0.9).attach(opt)
+    found = torch.zeros((), device="cuda")
+    set_grads(params, 0)
+
+    def step():
+        opt.step(grad_scale=opt.clip(1.0)[1], found_inf=found)
+        ema.update(found)
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    names = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
+    assert [n.split("_")[0] for n in names] == ["norm", "adam"], names
+
+
+@per_class
+def test_norm_in_one_launch_is_the_same_bits_every_time(cls):
+    params, opt = make(cls, {}, True, [(1000, 1031), (77,)] * 30)
+    set_grads(params, 0)
+    first = [t.clone() for t in opt.clip(1.0)]
+    for _ in range(200):
+        assert same(first, opt.clip(1.0))
+    torch.testing.assert_close(first[0], global_grad_norm(params), rtol=1e-6, atol=0)
 
 
 @per_class
