@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from optim.adamw import AdamW, adamw_update
     from optim.base import DeviceOptimizer
     from optim.clip import clip_grad_norm, clip_scale, global_grad_norm
-    from optim.config import OPTIMIZERS, AdamATan2Config, AdamWConfig, OptimizerConfig
+    from optim.config import OPTIMIZERS, AdamATan2Config, AdamWConfig, MuonConfig, OptimizerConfig
     from optim.ema import EMA
+    from optim.muon import Muon, muon_update
+    from optim.orthogonal import newton_schulz
+    from optim.partition import partition_parameters
     from optim.schedule import learning_rate
     from optim.sparse_signsgd import SparseSignSGD, sparse_signsgd_update
 
@@ -32,7 +35,12 @@ _HOME = {
     "AdamATan2Config": "config",
     "AdamWConfig": "config",
     "OptimizerConfig": "config",
+    "MuonConfig": "config",
     "EMA": "ema",
+    "Muon": "muon",
+    "muon_update": "muon",
+    "newton_schulz": "orthogonal",
+    "partition_parameters": "partition",
     "learning_rate": "schedule",
     "SparseSignSGD": "sparse_signsgd",
     "sparse_signsgd_update": "sparse_signsgd",
@@ -46,6 +54,8 @@ __all__ = [
     "AdamW",
     "AdamWConfig",
     "DeviceOptimizer",
+    "Muon",
+    "MuonConfig",
     "OptimizerConfig",
     "SparseSignSGD",
     "adam_atan2_update",
@@ -54,6 +64,9 @@ __all__ = [
     "clip_scale",
     "global_grad_norm",
     "learning_rate",
+    "muon_update",
+    "newton_schulz",
+    "partition_parameters",
     "sparse_signsgd_update",
 ]
 

@@ -77,7 +77,47 @@ class AdamWConfig(OptimizerConfig):
         return AdamW(named_parameters, lr, **self.model_dump(exclude={"name"}))
 
 
+class MuonConfig(OptimizerConfig):
+    """Orthogonalized momentum for the matrices of the blocks, Adam for all other parameters."""
+
+    name: Literal["muon"] = Field("muon", description="which optimizer: a key of OPTIMIZERS")
+    momentum: Beta = Field(0.95, description="decay rate of the momentum, in [0, 1)")
+    nesterov: bool = Field(True, description="whether the momentum looks one step ahead")
+    weight_decay: float = Field(
+        0.1, ge=0.0, description="decoupled decay: each step takes lr * weight_decay of a weight"
+    )
+    scaling: Literal["moonlight", "keller"] = Field(
+        "moonlight",
+        description="size of an update: 0.2 * sqrt(longer side), as large as AdamW's, or "
+        "sqrt(max(1, rows / columns))",
+    )
+    ns_steps: int = Field(5, ge=1, le=20, description="Newton-Schulz iterations")
+    coefficients: Literal["quintic", "polar_express"] = Field(
+        "quintic", description="polynomial of the Newton-Schulz iteration"
+    )
+    split_fused: bool = Field(
+        True, description="whether q, k, v and gate, up in one parameter are matrices of their own"
+    )
+    adam: Literal["adam_atan2", "adamw"] = Field(
+        "adam_atan2", description="rule of embeddings, heads, biases and gains"
+    )
+    adam_lr_scale: float = Field(1.0, ge=0.0, description="learning rate of that rule over lr")
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.95), description="decay rates of that rule's moments, in [0, 1)"
+    )
+    eps: float = Field(1e-8, ge=0.0, description="of adam=adamw: added to the root")
+
+    def build(
+        self, named_parameters: Sequence[tuple[str, Parameter]], lr: float
+    ) -> DeviceOptimizer:
+        """The optimizer over `named_parameters` at learning rate `lr`."""
+        from optim.muon import Muon
+
+        return Muon(named_parameters, lr, **self.model_dump(exclude={"name"}))
+
+
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "adam_atan2": AdamATan2Config,
     "adamw": AdamWConfig,
+    "muon": MuonConfig,
 }

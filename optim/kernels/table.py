@@ -47,19 +47,22 @@ class TensorTable:
     def addresses(self, flat: list[int]) -> Tensor:
         """`flat`, data pointers column after column, as an int64 tensor on the device.
 
-        Where no pointer has changed since the last call nothing is copied. Under graph capture the
-        upload becomes part of the graph and belongs to it alone.
+        Where no pointer has changed since the last call nothing is copied. If one has changed under
+        graph capture, the upload becomes part of the graph and belongs to it alone.
 
         Raises:
-            RuntimeError: if a capture is the first call, or a second one follows it at once.
+            RuntimeError: if such a capture is the first call, or a second one follows it at once.
         """
         on_cuda = self.device.type == "cuda"
+        if flat == self._known and self._addresses is not None:
+            if on_cuda and torch.cuda.is_current_stream_capturing():
+                self._captured.append(self._addresses)  # tables are never overwritten
+            return self._addresses
         if on_cuda and torch.cuda.is_current_stream_capturing():
             return self._capture(flat)
-        if flat != self._known or self._addresses is None:
-            host = torch.tensor(flat, dtype=torch.int64, pin_memory=on_cuda)
-            self._addresses = host.to(self.device, non_blocking=True)
-            self._known = flat
+        host = torch.tensor(flat, dtype=torch.int64, pin_memory=on_cuda)
+        self._addresses = host.to(self.device, non_blocking=True)
+        self._known = flat
         if on_cuda and self._spare is None:
             self._spare = torch.empty(len(flat), dtype=torch.int64, pin_memory=True)
         return self._addresses

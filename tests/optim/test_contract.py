@@ -433,7 +433,7 @@ def test_build_from_config():
         assert (float(group["lr"]), group["weight_decay"]) == (0.5, 0.25)
         assert group["betas"] == (0.9, 0.95)
         with pytest.raises(ValueError, match="Extra inputs"):
-            config(momentum=1)
+            config(unknown=1)
         with pytest.raises(ValueError, match="frozen"):
             config().weight_decay = 1.0
         for field in config.model_fields.values():

@@ -1,0 +1,287 @@
+"""Muon: momentum, orthogonalized; for the matrices inside a network. The rest gets Adam.
+
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", with the scaling and
+decoupled decay of Liu et al. 2025, "Muon is Scalable for LLM Training" (Moonlight),
+arXiv:2502.16982.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from optim.adam_atan2 import adam_atan2_update
+from optim.adam_like import AdamLike
+from optim.adamw import adamw_update
+from optim.base import Fused, Params, work_dtype
+from optim.orthogonal import COEFFICIENTS, Coefficients, newton_schulz
+from optim.partition import partition_parameters
+
+Scaling = Literal["moonlight", "keller"]
+_TO_ADAM = ("vector", "embedding", "head")
+
+
+def update_scale(rows: int, columns: int, scaling: Scaling) -> float:
+    """What an orthogonalized (rows, columns) matrix is multiplied by, beside the learning rate.
+
+    "moonlight": 0.2 * sqrt(max(rows, columns)), so that an update is as large as one of AdamW and
+    one learning rate serves both; "keller": sqrt(max(1, rows / columns)).
+    """
+    if scaling == "moonlight":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def muon_update(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    lr: float | Tensor,
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.1,
+    scaling: Scaling = "moonlight",
+    ns_steps: int = 5,
+    coefficients: Coefficients = "quintic",
+    pieces: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The rule, as a pure function of one matrix.
+
+        M = momentum * M + G
+        U = G + momentum * M       (nesterov, else M)
+        P = P * (1 - lr * weight_decay) - lr * scale * newton_schulz(U)
+
+    Args:
+        param: (rows, columns).
+        grad: of that shape.
+        momentum_buffer: M, of that shape, in the dtype of the arithmetic.
+        lr: a number or a 0-dim tensor.
+        momentum: decay of M, in [0, 1).
+        nesterov: whether to look one step ahead.
+        weight_decay: decoupled.
+        scaling: see `update_scale`.
+        ns_steps: iterations of `newton_schulz`.
+        coefficients: of `newton_schulz`.
+        pieces: matrices stacked along the rows, each orthogonalized (and scaled) on its own.
+
+    Returns:
+        New (param, M).
+    """
+    dtype = work_dtype(param.dtype)
+    p, g = param.to(dtype), grad.to(dtype)
+    m = momentum_buffer * momentum + g
+    u = g + momentum * m if nesterov else m
+    u = u.reshape(pieces, -1, param.shape[1])
+    o = newton_schulz(u, ns_steps, coefficients=coefficients)
+    size = lr * update_scale(*u.shape[1:], scaling)
+    p = p * (1.0 - lr * weight_decay) - size * o.to(dtype).reshape(param.shape)
+    return p.to(param.dtype), m
+
+
+class Muon(AdamLike):
+    """Muon for the matrices of a network, AdamATan2 or AdamW for everything else, in one optimizer.
+
+    Embeddings, heads (by name, see `partition.RULES`), biases, gains and whatever has not two
+    dimensions go to Adam; so hand over names: `Muon(model.named_parameters())`. Each parameter is
+    claimed once. Groups are split accordingly and carry `kind` ("muon" or "adam"), which may also
+    be given. Equally shaped matrices are orthogonalized as one batch.
+
+    Args:
+        params: (name, tensor) pairs, tensors or groups.
+        lr: learning rate of both halves, a number or a one-element tensor (whose value is copied).
+        momentum: decay of the momentum.
+        nesterov: whether to look one step ahead.
+        weight_decay: decoupled; a step takes `lr * weight_decay` of a weight.
+        scaling: "moonlight" or "keller", see `update_scale`.
+        ns_steps: Newton–Schulz iterations.
+        coefficients: "quintic" or "polar_express".
+        split_fused: orthogonalize q, k and v, and gate and up, on their own where one parameter
+            holds them.
+        adam: rule of the rest, "adam_atan2" or "adamw".
+        adam_lr_scale: its learning rate over `lr`.
+        betas: its decay rates.
+        eps: of "adamw".
+        fused: of the rest, see DeviceOptimizer.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.1,
+        scaling: Scaling = "moonlight",
+        ns_steps: int = 5,
+        coefficients: Coefficients = "quintic",
+        split_fused: bool = True,
+        adam: Literal["adam_atan2", "adamw"] = "adam_atan2",
+        adam_lr_scale: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        fused: Fused | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "scaling": scaling,
+            "ns_steps": ns_steps,
+            "coefficients": coefficients,
+            "split_fused": split_fused,
+            "adam": adam,
+            "adam_lr_scale": adam_lr_scale,
+            "betas": tuple(betas),
+            "eps": eps,
+        }
+        super().__init__(params, defaults, fused)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, split into groups of one `kind` and number of `pieces` each."""
+        if "kind" in param_group:
+            super().add_param_group({"pieces": 1, **param_group})
+            return
+        items = param_group["params"]
+        items = [items] if isinstance(items, Tensor) else list(items)
+        named = [item if isinstance(item, tuple) else ("", item) for item in items]
+        split = param_group.get("split_fused", self.defaults["split_fused"])
+        groups: dict[tuple[str, int], list[Any]] = {}
+        # What is no tensor, or appears twice, is named by the check of the base class.
+        sound = all(isinstance(p, Tensor) for _, p in named)
+        sound = sound and len({id(p) for _, p in named}) == len(named)
+        parts = partition_parameters(named) if sound else []
+        for item, part in zip(items, parts, strict=False):
+            muon = part.role not in _TO_ADAM and part.param.ndim == 2
+            key = ("muon", part.pieces if split else 1) if muon else ("adam", 1)
+            groups.setdefault(key, []).append(item)
+        before = len(self.param_groups)
+        try:
+            for (kind, pieces), some in (groups or {("adam", 1): items}).items():
+                group = {**param_group, "params": some, "kind": kind, "pieces": pieces}
+                super().add_param_group(group)
+        except (TypeError, ValueError):
+            del self.param_groups[before:], self._lr_tensors[before:]
+            raise
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
+        choices = {
+            "kind": ("muon", "adam"),
+            "scaling": ("moonlight", "keller"),
+            "coefficients": tuple(COEFFICIENTS),
+            "adam": ("adam_atan2", "adamw"),
+        }
+        for name, allowed in choices.items():
+            if group[name] not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")
+        if not 0.0 <= group["momentum"] < 1.0:
+            raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+        if group["ns_steps"] < 1:
+            raise ValueError(f"ns_steps must be at least 1, got {group['ns_steps']}")
+        if not group["adam_lr_scale"] >= 0.0:
+            raise ValueError(f"adam_lr_scale must be at least 0, got {group['adam_lr_scale']}")
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["kind"] == "muon" else self.moments
+
+    # The half that is Adam
+
+    def _kernel_rule(self, group: dict[str, Any]) -> tuple[str, dict[str, float]]:
+        if group["adam"] == "adamw":
+            return "adamw", {"eps": group["eps"]}
+        return "atan2_outside", {}
+
+    def _launch(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        lr: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> list[Tensor]:
+        if group["kind"] == "muon":
+            return params
+        return super()._launch(group, params, _adam_lr(group, lr), grad_scale, found_inf)
+
+    def _rule(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        lr: Tensor,
+    ) -> tuple[Tensor, ...]:
+        options = {k: group[k] for k in ("betas", "weight_decay")}
+        update = adam_atan2_update
+        if group["adam"] == "adamw":
+            update, options["eps"] = adamw_update, group["eps"]
+        moments = (state["exp_avg"], state["exp_avg_sq"], state["step"])
+        return update(param, grad, *moments, _adam_lr(group, lr), **options)
+
+    # The half that is Muon
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        lr: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        if group["kind"] != "muon":
+            super()._update(group, params, lr, grad_scale, found_inf)
+            return
+        if found_inf is not None and found_inf.device.type == "cpu":
+            if found_inf:
+                return
+            found_inf = None
+        ahead = [self._momentum(group, p, grad_scale, found_inf) for p in params]
+        batches: dict[tuple[Any, ...], list[int]] = {}
+        for i, (p, u) in enumerate(zip(params, ahead, strict=True)):
+            rows, columns = p.shape[0] // group["pieces"], p.shape[1]
+            key = (min(rows, columns), max(rows, columns), u.dtype)
+            batches.setdefault(key, []).append(i)
+        for rows in batches.values():
+            self._apply(group, [params[i] for i in rows], [ahead[i] for i in rows], lr, found_inf)
+
+    def _momentum(
+        self, group: dict[str, Any], p: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor:
+        """Move the momentum of `p` in place; returns what is to be orthogonalized."""
+        state, momentum = self.state[p], group["momentum"]
+        g = p.grad.to(work_dtype(p.dtype))
+        g = g if grad_scale is None else g / grad_scale
+        old = state["momentum_buffer"]
+        m = old * momentum + g
+        state["step"] += 1 if found_inf is None else ~found_inf
+        old.copy_(m if found_inf is None else torch.where(found_inf, old, m))
+        return g + momentum * m if group["nesterov"] else m
+
+    def _apply(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        ahead: list[Tensor],
+        lr: Tensor,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Orthogonalize matrices of one shape (or its transpose) as one batch; update `params`."""
+        pieces = group["pieces"]
+        stacks = [u.reshape(pieces, -1, u.shape[1]) for u in ahead]
+        wide = [s.shape[1] <= s.shape[2] for s in stacks]
+        x = torch.cat([s if w else s.mT for s, w in zip(stacks, wide, strict=True)])
+        x = newton_schulz(x, group["ns_steps"], coefficients=group["coefficients"])
+        for p, w, s, o in zip(params, wide, stacks, x.split(pieces), strict=True):
+            o = (o if w else o.mT).reshape(p.shape).to(s.dtype)
+            size = lr * update_scale(*s.shape[1:], group["scaling"])
+            new = (p.to(s.dtype) * (1.0 - lr * group["weight_decay"]) - size * o).to(p.dtype)
+            p.copy_(new if found_inf is None else torch.where(found_inf, p, new))
+
+
+def _adam_lr(group: dict[str, Any], lr: Tensor) -> Tensor:
+    return lr if group["adam_lr_scale"] == 1.0 else lr * group["adam_lr_scale"]

@@ -1,0 +1,76 @@
+"""Newton–Schulz iteration: the nearest orthogonal matrix, approximately, by products alone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Coefficients = Literal["quintic", "polar_express"]
+
+# X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X, one row per iteration; the last one repeats.
+COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
+    # Jordan et al. 2024, "Muon": steepest at 0; singular values end between 0.7 and 1.2.
+    "quintic": ((3.4445, -4.7750, 2.0315),),
+    # Amsel et al. 2025, "The Polar Express", arXiv:2505.16932: for singular values from 1e-3 on.
+    "polar_express": (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        (1.875, -1.25, 0.375),
+    ),
+}
+# What a bf16 rounding may add to a singular value of 1; only Polar Express minds.
+_SAFETY = {"quintic": 1.0, "polar_express": 1.01}
+
+
+def work_dtype(matrix: Tensor) -> torch.dtype:
+    """bfloat16 on CUDA; float32 elsewhere, where it is the faster; float64 for float64."""
+    if matrix.dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if matrix.is_cuda else torch.float32
+
+
+@torch.no_grad()
+def newton_schulz(
+    matrix: Tensor,
+    steps: int = 5,
+    *,
+    coefficients: Coefficients = "quintic",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """U Vᵀ of the singular value decomposition U S Vᵀ, up to the accuracy of the iteration.
+
+    Args:
+        matrix: (..., rows, columns); every leading dimension is a batch.
+        steps: iterations, of two symmetric and one rectangular product each.
+        coefficients: "quintic" (Muon's own) or "polar_express" (closer to orthogonal).
+        dtype: of the products, see `work_dtype`.
+
+    Returns:
+        The shape of `matrix`, in the dtype of the products. Zero gives zero.
+
+    Raises:
+        ValueError: for fewer than two dimensions or no steps.
+    """
+    if matrix.ndim < 2 or steps < 1:
+        raise ValueError(f"need a matrix and steps >= 1, got shape {tuple(matrix.shape)}, {steps}")
+    table, safety = COEFFICIENTS[coefficients], _SAFETY[coefficients]
+    wide = matrix.shape[-2] <= matrix.shape[-1]
+    x = matrix if wide else matrix.mT
+    shape = x.shape
+    size = torch.linalg.matrix_norm(x.to(torch.promote_types(x.dtype, torch.float32)), keepdim=True)
+    x = (x / (size * safety + 1e-7)).to(dtype or work_dtype(matrix)).reshape(-1, *shape[-2:])
+    for k in range(steps):
+        a, b, c = table[min(k, len(table) - 1)]
+        if k < len(table) - 1:
+            a, b, c = a / safety, b / safety**3, c / safety**5
+        gram = x @ x.mT  # (batch, rows, rows)
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    x = x.reshape(shape)
+    return x if wide else x.mT
