@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.base import DeviceOptimizer, work_dtype
+from optim.base import DeviceOptimizer, Fused, work_dtype
 
 
 def sum_duplicates(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +87,8 @@ class SparseSignSGD(DeviceOptimizer):
         tables: tensors (rows, width), parameters or plain buffers, or groups of them.
         lr: learning rate, a number or a one-element tensor (whose value is copied).
         weight_decay: decoupled, of the rows of the batch only.
+        fused: see DeviceOptimizer. The kernel sums duplicates in another (fixed) order, so a sum
+            that nearly cancels may have another sign.
     """
 
     counts_steps = False
@@ -97,8 +99,9 @@ class SparseSignSGD(DeviceOptimizer):
         tables: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
         lr: float | Tensor = 1e-4,
         weight_decay: float = 0.1,
+        fused: Fused | None = None,
     ) -> None:
-        super().__init__(tables, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(tables, {"lr": lr, "weight_decay": weight_decay}, fused)
         self._rows: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -175,11 +178,7 @@ class SparseSignSGD(DeviceOptimizer):
         found_inf: Tensor | None,
     ) -> None:
         for table in params:
-            parts = self._rows.pop(table, [])
-            if table.grad is not None:
-                parts.append((table.grad._indices()[0], table.grad._values()))
-            ids = torch.cat([part[0] for part in parts])
-            rows = torch.cat([part[1] for part in parts])
+            ids, rows = self._take(table)
             new = sparse_signsgd_update(
                 table,
                 ids,
@@ -190,3 +189,35 @@ class SparseSignSGD(DeviceOptimizer):
                 found_inf=found_inf,
             )
             table.index_put_((new[0],), new[1])
+
+    def _launch(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        lr: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> list[Tensor]:
+        from optim.kernels.sparse import sparse_signsgd_launch, supported
+
+        rest = []
+        for table in params:
+            n = sum(part[0].numel() for part in self._rows.get(table, []))
+            n += 0 if table.grad is None else table.grad._nnz()
+            if not supported(table, n):
+                rest.append(table)
+                continue
+            ids, rows = self._take(table)
+            sparse_signsgd_launch(
+                table, ids, rows, lr, group["weight_decay"], grad_scale, found_inf
+            )
+        return rest
+
+    def _take(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (n,) and gradients (n, width) of all rows handed over, which are forgotten."""
+        parts = self._rows.pop(table, [])
+        if table.grad is not None:
+            parts.append((table.grad._indices()[0], table.grad._values()))
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from optim import EMA, AdamATan2, AdamW, clip_scale, global_grad_norm
+from optim import EMA, AdamATan2, AdamW, SparseSignSGD, clip_scale, global_grad_norm
 from optim.kernels.atan2 import atan2
 from optim.kernels.launch import AdamLaunch, NormLaunch, numbers
 
@@ -207,6 +207,30 @@ def test_a_shadow_the_kernel_cannot_move_is_moved_by_update():
         ema.update()
         want = 0.5 * want + 0.5 * params[0].detach()
     torch.testing.assert_close(ema.shadow["0"], want)
+
+
+@pytest.mark.parametrize("rows", [10, 1, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sparse_signsgd(rows, dtype):
+    """Whole numbers, whose sums are exact in any order; from one id for all to few duplicates."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter has no bfloat16")
+    n, width = 70, 130
+    rng = torch.Generator().manual_seed(rows)
+    start = torch.randn(rows, width, generator=rng)
+    tables = [start.to(DEVICE, dtype, copy=True) for _ in range(2)]
+    pair = [SparseSignSGD([tables[i]], 0.1, 0.2, fused=f) for i, f in enumerate(("on", "off"))]
+    for flag in (0.0, 1.0, 0.0):
+        ids = torch.randint(rows, (n,), generator=rng).to(DEVICE)
+        grads = torch.randint(-3, 4, (n, width), generator=rng).float().to(DEVICE)
+        for table, opt in zip(tables, pair, strict=True):
+            opt.add_rows(table, ids[:50], grads[:50])
+            opt.add_rows(table, ids[50:], grads[50:])
+            scale, found = torch.tensor(2.0, device=DEVICE), torch.tensor(flag, device=DEVICE)
+            opt.step(grad_scale=scale, found_inf=found)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(tables[0], tables[1], rtol=2 * eps, atol=eps)
+    assert not torch.equal(tables[0], start.to(DEVICE, dtype))
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from optim import EMA, AdamATan2, AdamW, global_grad_norm
+from optim import EMA, AdamATan2, AdamW, SparseSignSGD, global_grad_norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -193,6 +193,38 @@ def test_a_thousand_tensors():
         plain.step()
     for p, q in zip(params, twins, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+
+
+def test_sparse_signsgd_is_one_launch_without_waiting():
+    rng = torch.Generator("cuda").manual_seed(0)
+    table = torch.zeros(100_000, 512, device="cuda")
+    opt = SparseSignSGD([table], 0.1, fused="on")
+    ids = torch.randint(300, (768,), device="cuda", generator=rng)
+    rows = torch.randn(768, 512, device="cuda", generator=rng)
+    found = torch.zeros((), device="cuda")
+    results = []
+    for _ in range(5):
+        table.zero_()
+        opt.add_rows(table, ids, rows)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            opt.step(found_inf=found)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append(table[:300].clone())
+    assert all(torch.equal(results[0], r) for r in results)
+    sums = torch.zeros(300, 512, dtype=torch.float64, device="cuda").index_add_(
+        0, ids, rows.double()
+    )
+    sure = sums.abs() > 1e-4
+    assert torch.equal(results[0][sure], -0.1 * sums.sign().float()[sure])
+    opt.add_rows(table, ids, rows)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        opt.step(found_inf=found)
+        torch.cuda.synchronize()
+    names = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
+    assert len(names) == 1 and "sparse_signsgd" in names[0], names
 
 
 @pytest.mark.slow
