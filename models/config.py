@@ -55,7 +55,9 @@ class ReasoningConfig(BaseModel):
 
     name: str
     hidden_size: int = Field(512, ge=1, le=2**16, description="width of a token's state")
-    num_heads: int = Field(8, ge=1, le=2**16, description="attention heads; must divide hidden_size")
+    num_heads: int = Field(
+        8, ge=1, le=2**16, description="attention heads; must divide hidden_size"
+    )
     expansion: float = Field(4.0, gt=0, le=64, description="SwiGLU width over hidden_size, × 2/3")
     pos_encodings: Literal["rope", "learned", "none"] = Field(
         "rope", description="position encoding"
@@ -63,7 +65,9 @@ class ReasoningConfig(BaseModel):
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square before the root")
     causal: bool = Field(False, description="attention sees earlier positions only")
-    puzzle_emb_ndim: int = Field(512, ge=0, le=2**20, description="numbers per puzzle embedding; 0: none")
+    puzzle_emb_ndim: int = Field(
+        512, ge=0, le=2**20, description="numbers per puzzle embedding; 0: none"
+    )
     puzzle_emb_len: int | Literal["auto"] = Field(
         16, description="prefix tokens they fill; 0: none; auto: just enough"
     )

@@ -24,8 +24,12 @@ class TRMConfig(ReasoningConfig):
 
     name: Literal["trm"] = "trm"
     mixer: Literal["attention", "mlp"] = Field("attention", description="how tokens exchange")
-    H_cycles: int = Field(3, ge=1, le=1024, description="times the answer z_H is updated per ACT step")
-    L_cycles: int = Field(6, ge=1, le=1024, description="times the latent z_L is updated per z_H update")
+    H_cycles: int = Field(
+        3, ge=1, le=1024, description="times the answer z_H is updated per ACT step"
+    )
+    L_cycles: int = Field(
+        6, ge=1, le=1024, description="times the latent z_L is updated per z_H update"
+    )
     L_layers: int = Field(2, ge=1, le=1024, description="blocks in the network")
 
     @model_validator(mode="after")

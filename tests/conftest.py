@@ -21,6 +21,7 @@ TINY = (
     "lr_warmup_steps=4",
     "log_interval=4",
     "eval.max_examples=8",
+    "eval.batch_size=8",
     "data.num_train=60",
     "data.num_test=12",
     "device=cpu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -69,7 +70,10 @@ def reopen_run_dir(config: RunConfig, resume: Resume) -> tuple[Path, str]:
     renamed = config.run_name not in (None, resume.index["config"]["run_name"])
     if renamed or not resume.in_run_folder:
         return new_run_dir(config)
-    return Path(os.path.relpath(resume.run_dir)), resume.index["run_id"]
+    run_dir, here = resume.run_dir, Path.cwd()
+    if run_dir.is_relative_to(here):
+        run_dir = run_dir.relative_to(here)
+    return run_dir, resume.index["run_id"]
 
 
 def _create(run_dir: Path) -> None:
@@ -106,8 +110,9 @@ def describe(run_dir: Path, config: RunConfig) -> None:
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
-    """Code version, packages and machine."""
+    """Code version, packages and machine, as they were when first asked for."""
     packages = {}
     for package in _PACKAGES:
         try:

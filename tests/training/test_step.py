@@ -38,9 +38,9 @@ def test_accumulated_micro_batches_are_the_whole_batch(resolve_run, arch):
         states.append(snapshot(state))
     for other in states[1:]:
         for name, tensor in states[0].items():
-            assert torch.allclose(
-                tensor.double(), other[name].double(), rtol=1e-9, atol=1e-11
-            ), name
+            assert torch.allclose(tensor.double(), other[name].double(), rtol=1e-9, atol=1e-11), (
+                name
+            )
 
 
 def test_embedding_gradients_go_to_their_own_puzzles(resolve_run):
