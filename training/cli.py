@@ -29,6 +29,8 @@ _VALUES = {
     **dict.fromkeys(_INFO, ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
 }
 _HELP, _PLAIN = ("--help", "-h"), ("--hydra-help", "--version", "--resolve")
+_HYDRA = ("hydra/launcher", "hydra.launcher.", "hydra/sweeper", "hydra.sweeper.", "hydra.sweep.")
+_HYDRA_HINT = "hydra/launcher, hydra/sweeper and their keys"
 _MOST_JOBS = 1000  # of one sweep
 _FLAGS = (*_HELP, *_MULTIRUN, *_RUN, *_PLAIN, *_VALUES)
 
@@ -86,7 +88,9 @@ def check_override(override: Override, schema: type[BaseModel]) -> None:
     """Raise ConfigError unless the override names a key or group that exists."""
     key = override.key_or_group
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-        raise ConfigError(f"{key}: Hydra's own settings are fixed here; leave it out")
+        if not key.startswith(_HYDRA):
+            raise ConfigError(f"{key} is fixed here; of Hydra's settings, {_HYDRA_HINT} are open")
+        return
     if override.package is not None:
         raise ConfigError(f"'{override.input_line}': a preset cannot be moved; use {key}=NAME")
     if override.is_delete():
