@@ -6,6 +6,8 @@ the form of the CUDA original `adam-atan2`, which HRM and TRM were trained with.
 
 from __future__ import annotations
 
+import math
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -136,12 +138,15 @@ class AdamATan2(AdamLike):
     def _update_in_place(
         self, group: dict[str, Any], p: Tensor, lr: Tensor, grad_scale: Tensor | None
     ) -> None:
-        """`adam_atan2_update`, operation for operation, without its temporaries.
+        """`adam_atan2_update` without its temporaries, whose page faults cost most of the time.
 
-        On a CPU the page faults of fresh temporaries cost several times the arithmetic.
+        Operation for operation, or for large tensors in one compiled pass where numba is there.
         """
         state, (beta1, beta2) = self.state[p], group["betas"]
         m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"].add_(1)
+        if _compiles(p):
+            _compiled(group, p, m, v, float(t), float(lr), grad_scale)
+            return
         grad = p.grad if grad_scale is None else p.grad / grad_scale
         m.lerp_(grad, 1.0 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
@@ -179,3 +184,37 @@ class AdamATan2(AdamLike):
             b=group["b"],
             bias_correction=group["bias_correction"],
         )
+
+
+def _compiles(p: Tensor) -> bool:
+    """Whether one compiled pass over this parameter is possible, and worth it."""
+    if p.numel() < 1 << 18 or find_spec("numba") is None:
+        return False
+    from optim.kernels import cpu_atan2
+
+    return cpu_atan2.supported(p)
+
+
+def _compiled(
+    group: dict[str, Any],
+    p: Tensor,
+    m: Tensor,
+    v: Tensor,
+    t: float,
+    lr: float,
+    grad_scale: Tensor | None,
+) -> None:
+    from optim.kernels.cpu_atan2 import adam_atan2_launch
+
+    (beta1, beta2), a, b = group["betas"], group["a"], group["b"]
+    c1, c2 = 1.0 - beta1**t, 1.0 - beta2**t
+    outside = group["bias_correction"] == "outside"
+    numbers = (
+        *(beta1, 1.0 - beta1, beta2, 1.0 - beta2),
+        1.0 if grad_scale is None else 1.0 / float(grad_scale),
+        1.0 if outside else 1.0 / c1,
+        b / math.sqrt(c2),
+        1.0 - lr * group["weight_decay"],
+        a * lr / c1 if outside else a * lr,
+    )
+    adam_atan2_launch(p, m, v, numbers, torch.get_num_threads())

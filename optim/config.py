@@ -21,6 +21,9 @@ class OptimizerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(description="which optimizer: a key of OPTIMIZERS")
+    fused: Literal["off", "auto", "on"] = Field(
+        "off", description="Triton kernels: auto uses them on CUDA; on fails without Triton"
+    )
 
     def build(
         self, named_parameters: Sequence[tuple[str, Parameter]], lr: float

@@ -161,3 +161,31 @@ def test_the_path_without_temporaries_is_the_rule_to_the_bit(form, dtype):
             (p.detach(), *list(opt.state[p].values())[1:]), (want, m, v), strict=True
         ):
             assert torch.equal(got, value)
+
+
+@pytest.mark.parametrize("form", ["outside", "inside"])
+def test_the_compiled_pass_is_the_formula(form):
+    """Large CPU tensors: against float64, and the same bits with any number of threads."""
+    pytest.importorskip("numba")
+    n = (1 << 18) + 77
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(n, generator=rng)
+    runs = []
+    options = {"bias_correction": form, "a": 1.27, "b": 1.1}
+    before = torch.get_num_threads()
+    for threads, dtype in ((1, torch.float32), (3, torch.float32), (1, torch.float64)):
+        torch.set_num_threads(threads)
+        p = start.to(dtype, copy=True).requires_grad_()
+        opt = AdamATan2([p], 1e-3, **options)
+        rng.manual_seed(1)
+        for _ in range(20):
+            p.grad = torch.randn(n, generator=rng).to(dtype) * 3
+            p.grad[:5] = torch.tensor([0.0, -0.0, 1e-38, -1e30, 1e-20], dtype=dtype)
+            opt.step(grad_scale=torch.tensor(3.0, dtype=dtype))
+        runs.append([p.detach(), *opt.state[p].values()])
+    torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[1], strict=True))
+    # squares of the first five leave float32's range, where a direction is 0 or π/2 as it should
+    error = (runs[0][0] - runs[2][0]).abs() / runs[2][0].abs().clamp(min=1)
+    assert error[5:].max() <= 2e-6
+    assert runs[0][0][:5].isfinite().all()
