@@ -132,7 +132,8 @@ def read_index(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise DamagedCheckpoint(f"{path / INDEX} cannot be read ({error!r})") from None
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise DamagedCheckpoint(f"{path / INDEX} cannot be read ({reason})") from None
     return index
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable
 from itertools import islice
@@ -50,7 +51,7 @@ def parse_overrides(arguments: list[str]) -> list[Override]:
         except (HydraException, ValueError, RecursionError) as error:
             if "=" not in text:
                 raise ConfigError(f"'{text}' is not of the form key=value") from None
-            reason = (str(error).splitlines() or ["no value"])[0]
+            reason = (str(error).splitlines() or ["no value"])[0].partition(" expecting ")[0]
             raise ConfigError(
                 f"'{text}' cannot be read ({reason}); quote a value with special characters, "
                 "as in 'key=\"a b\"'"
@@ -101,7 +102,11 @@ def check_override(override: Override, schema: type[BaseModel]) -> None:
             f"{key} comes with its preset; choose one with {section}=NAME"
             f"{nearest(str(override.get_value_element_as_str()), choices(section))}"
         )
-    groups = [g for g in GROUPS if g in schema.model_fields or (CONFIG_DIR / g).is_dir()]
+    groups = [g for g in GROUPS if g in schema.model_fields]
+    if "arch" in groups:  # a whole run: an experiment may be laid over it
+        groups.append("experiment")
+    if key in groups and (override.is_add() or override.is_force_add()):
+        raise ConfigError(f"'{override.input_line}': leave out the +, as in {key}=NAME")
     if key in groups and not isinstance(override.value(), dict):
         for value in _given(override):
             name = str(value).strip("'\"")
@@ -145,8 +150,22 @@ def compose_values(config_name: str, overrides: list[str]) -> dict[str, Any]:
             composed = compose(config_name, overrides=overrides, return_hydra_config=True)
         return plain(OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"]))
     except (HydraException, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"the configuration cannot be composed: {reason}") from None
+        raise ConfigError(_composition_error(str(error).splitlines()[0], overrides)) from None
+
+
+def _composition_error(reason: str, overrides: list[str]) -> str:
+    """Hydra's complaint in the terms of the command line."""
+    named = re.match(r"Could not override '([\w.]+)'|Error merging override ([^=]+)=", reason)
+    if named is None:
+        return f"the configuration cannot be composed: {reason}"
+    key = (named[1] or named[2]).lstrip("+")
+    line = next((t for t in overrides if t.lstrip("+").partition("=")[0] == key), key)
+    group = key.partition(".")[0]
+    if key in GROUPS:
+        return f"'{line}' cannot be used; give the name of a preset{nearest('', choices(key))}"
+    if group in GROUPS:
+        return f"'{line}' cannot be used: the chosen {group} preset has no such key"
+    return f"'{line}' cannot be used: {key} takes another kind of value"
 
 
 def plain(composed: Any) -> dict[str, Any]:

@@ -154,6 +154,8 @@ def _sentence(schema: type[Section], error: ValidationError) -> str:
     if len(path) > 1 and path[0] in tables and path[1] in tables[path[0]]:
         del path[1]  # the union's tag
     path = [p for p in path if not p.startswith(("tuple[", "list[", "literal[", "function-"))]
+    if len(path) > 1 and path[-1] in ("int", "str", "float"):
+        del path[-1]  # a member of a union
     key, given, kind = ".".join(path) or "the configuration", first.get("input"), first["type"]
     if kind == "extra_forbidden":
         return f"there is no key {key}{nearest(key, known_keys(schema) - {key})}"
@@ -165,6 +167,11 @@ def _sentence(schema: type[Section], error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return message if message.startswith(path[0] + ".") else f"{key}: {message}"
+    if kind == "model_type":
+        inside = min(k for k in known_keys(schema) if k.startswith(f"{key}."))
+        return f"{key}={json.dumps(given)} is not valid: it is a group of keys, such as {inside}"
+    if kind == "tuple_type":
+        message = "should be a list, such as [A,B]"
     if kind == "string_pattern_mismatch" and key == "device":
         message = "should be auto, cpu, mps, cuda or cuda:N"
     elif kind == "string_pattern_mismatch" and key == "wandb.project":
