@@ -95,12 +95,11 @@ class EMA:
         """
         if self._applied:
             raise RuntimeError("EMA.update() was called while the averages are applied")
-        if found_inf is not None:
-            found_inf = found_inf.reshape(()) != 0
         moved, self._moved = self._moved, set()
-        for name, param in self.params.items():
-            if name in moved:
-                continue
+        rest = {name: param for name, param in self.params.items() if name not in moved}
+        if rest and found_inf is not None:
+            found_inf = found_inf.reshape(()) != 0
+        for name, param in rest.items():
             shadow = self.shadow[name]
             new = ema_update(shadow, param, self.rate)
             if found_inf is not None:

@@ -1,6 +1,6 @@
 """Time one optimizer step of every implementation at hand, on the machine at hand.
 
-    python scripts/bench_optim.py [--sets trm7m gpt350m single] [--only REGEX] [--out FILE.json]
+    python scripts/bench_optim.py [--sets trm7m …] [--only REGEX] [--out FILE.json]
     python scripts/bench_optim.py --quick          # seconds, also on a CPU
 
 Device time: a CUDA graph of several steps, replayed between two events (without a graph where an
@@ -12,6 +12,7 @@ must move, measured in the same run.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import re
@@ -28,9 +29,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from optim import EMA, AdamATan2, AdamW, Muon
+from optim import EMA, AdamATan2, AdamW, Muon, SparseSignSGD
 
 Step = Callable[[], Any]
+SETS = ["trm7m", "single", "sparse", "gpt350m"]
 LR, MAX_NORM, RATE = 1e-4, 1.0, 0.999
 
 
@@ -236,8 +238,36 @@ def bench_set(name: str, args: argparse.Namespace, device: str) -> list[dict[str
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         rows.append(row)
         show(row)
-        del named
+        named = step = None  # memory of one does not count for the next
+        gc.collect()
     return rows
+
+
+def bench_sparse(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    """SparseSignSGD: 768 ids, some twice, of 876,000 rows of 512."""
+    rows, n, width = (1000, 64, 64) if args.quick else (876_000, 768, 512)
+    table = torch.zeros(rows, width, device=device)
+    ids = torch.randint(0, rows, (n,), device=device)
+    ids[: n // 4] = ids[n // 4 : n // 4 * 2]
+    grads = torch.randn(n, width, device=device)
+    out = []
+    for label, fused in (("ours SparseSignSGD", "auto"), ("ours SparseSignSGD, reference", "off")):
+        opt = SparseSignSGD([table], LR, 0.1, fused=fused)
+
+        def step(opt: SparseSignSGD = opt) -> None:
+            opt.add_rows(table, ids, grads)
+            opt.step()
+
+        size = n * width * 12
+        row: dict[str, Any] = {"set": "sparse", "optimizer": label, "MB": size / 1e6}
+        if device == "cuda":
+            row["device_ms"], row["graph"] = device_ms(step, 10, 15)
+        row["host_ms"], row["wall_ms"] = host_and_wall_ms(step, 10, 15, device)
+        row["copy_ms"] = copy_ms(size, device, 10, 15)
+        row["over_copy"] = row.get("device_ms", row["wall_ms"]) / row["copy_ms"]
+        out.append(row)
+        show(row)
+    return out
 
 
 def show(row: dict[str, Any]) -> None:
@@ -255,18 +285,22 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sets", nargs="+", choices=["trm7m", "gpt350m", "single", "tiny"])
+    parser.add_argument("--sets", nargs="+", choices=[*SETS, "tiny"])
     parser.add_argument("--only", help="regular expression over the names")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     parser.add_argument("--quick", action="store_true", help="few repeats, a tiny set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    sets = args.sets or (["tiny"] if args.quick else ["trm7m", "single", "gpt350m"])
+    sets = args.sets or (["tiny", "sparse"] if args.quick else SETS)
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads; ms per step")
     heads = ("device", "wall", "host", "copy", "x copy", "single")
     print(" " * 38 + "".join(f"{h:>11}" for h in heads))
-    rows = [row for s in sets for row in bench_set(s, args, args.device)]
+    rows = []
+    for s in sets:
+        rows += (
+            bench_sparse(args, args.device) if s == "sparse" else bench_set(s, args, args.device)
+        )
     if args.out:
         report = {"device": name, "torch": torch.__version__, "rows": rows}
         args.out.write_text(json.dumps(report, indent=1) + "\n")
