@@ -46,6 +46,8 @@ def parse_overrides(arguments: list[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for text in arguments:
+        if text.startswith("="):
+            raise ConfigError(f"'{text}' has no key; give key=value")
         try:
             parsed.append(parser.parse_override(text))
         except (HydraException, ValueError, RecursionError) as error:
