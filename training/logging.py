@@ -104,8 +104,12 @@ class WandbSink:
     """Weights & Biases; a run goes on without it whenever it fails."""
 
     def __init__(self, run: ResolvedRun) -> None:
-        import wandb
-
+        self.run = None
+        try:
+            import wandb
+        except ImportError:
+            logger.warning("wandb is not installed; metrics.jsonl holds everything")
+            return
         settings, mode = run.config.wandb, run.config.wandb.mode
         if mode == "online" and not _has_wandb_key():
             logger.warning(
@@ -113,7 +117,6 @@ class WandbSink:
                 "logged offline"
             )
             mode = "offline"
-        self.run = None
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 self.run = wandb.init(
@@ -130,19 +133,28 @@ class WandbSink:
                     settings=wandb.Settings(init_timeout=30, silent=True),
                 )
                 break
-            except (wandb.errors.Error, OSError, TimeoutError) as error:
+            except Exception as error:  # whatever ails it, the run matters more
                 logger.warning("wandb %s failed (%s)", attempt, error)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Send `values`."""
-        if self.run is not None:
+        if self.run is None:
+            return
+        try:
             self.run.log(values, step=step)
+        except Exception as error:
+            logger.warning("wandb failed at step %d (%s); training goes on without", step, error)
+            self.run = None
 
     def close(self, summary: dict[str, Any]) -> None:
         """Finish the run."""
-        if self.run is not None:
+        if self.run is None:
+            return
+        try:
             self.run.summary.update(summary)
             self.run.finish()
+        except Exception as error:
+            logger.warning("wandb could not finish the run (%s)", error)
 
 
 def _has_wandb_key() -> bool:

@@ -289,7 +289,7 @@ class Trainer:
         write_summary(run.run_dir, summary)
         try:
             logger.info("curves: %s", plot_run(run.run_dir))
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             logger.warning("the curves could not be drawn (%s)", error)
         self.logger.close({k: v for k, v in summary.items() if k != "sets"})
         if signal_name is not None and not finished:

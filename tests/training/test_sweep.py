@@ -1,0 +1,124 @@
+"""Multirun: one process and one run folder per job, one table of results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.training.helpers import call
+from training import sweep
+
+
+@pytest.fixture
+def jobs_done(monkeypatch):
+    """Jobs are recorded in place of run; `codes` are their exit codes, in turn."""
+
+    class Jobs(list):
+        codes: list = []  # noqa: RUF012
+        finished = True
+
+    jobs = Jobs()
+
+    def run(command, check):
+        jobs.append(command)
+        code = jobs.codes[len(jobs) - 1] if len(jobs) <= len(jobs.codes) else 0
+        overrides = dict(text.split("=", 1) for text in command[2:])
+        if code == 0:
+            run_dir = Path(overrides["runs_dir"]) / overrides["run_name"].strip("'")
+            run_dir.mkdir(parents=True)
+            summary = {
+                "exact_accuracy": 0.5 + len(jobs) / 100, "step": 12, "train_seconds": 1.0,
+                "steps_per_second": 12.0, "run": str(run_dir), "finished": jobs.finished,
+            }  # fmt: skip
+            (run_dir / "summary.json").write_text(json.dumps(summary))
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    return jobs
+
+
+def grid(tmp_path) -> list[list[str]]:
+    return [
+        [f"optim={o}", f"seed={s}", f"runs_dir={tmp_path}"]
+        for o in ("adam_atan2", "adamw")
+        for s in (0, 1)
+    ]
+
+
+def results(tmp_path) -> list[dict[str, str]]:
+    (path,) = tmp_path.glob("sweep-*/results.csv")
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_table_with_a_row_per_job(jobs_done, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        returned = sweep.run_sweep(grid(tmp_path), str(tmp_path))
+    assert len(jobs_done) == len(returned) == 4
+    rows = results(tmp_path)
+    assert [(r["optim"], r["seed"], r["exact_accuracy"], r["exit_code"]) for r in rows] == [
+        ("adam_atan2", "0", "0.51", "0"), ("adam_atan2", "1", "0.52", "0"),
+        ("adamw", "0", "0.53", "0"), ("adamw", "1", "0.54", "0"),
+    ]  # fmt: skip
+    assert "runs_dir" not in rows[0]
+    assert len({r["run"] for r in rows}) == 4 and all(Path(r["run"]).is_dir() for r in rows)
+    assert "results.csv" in caplog.text and "adamw" in caplog.text
+
+
+def test_a_failed_job_is_told_and_the_others_run(jobs_done, tmp_path, caplog):
+    jobs_done.codes = [0, 2, 0, 0]
+    with pytest.raises(SystemExit) as ended:
+        sweep.run_sweep(grid(tmp_path), str(tmp_path))
+    assert ended.value.code == 1 and len(jobs_done) == 4
+    rows = results(tmp_path)
+    assert [r["exit_code"] for r in rows] == ["0", "2", "0", "0"]
+    assert rows[1]["exact_accuracy"] == "" and "1 of 4 jobs failed" in caplog.text
+
+
+def test_an_interrupted_job_ends_the_sweep(jobs_done, tmp_path):
+    jobs_done.finished = False
+    sweep.run_sweep(grid(tmp_path), str(tmp_path))
+    assert len(jobs_done) == 1 and len(results(tmp_path)) == 1
+
+
+def test_names_of_folders_are_safe(jobs_done, tmp_path):
+    jobs = [[f"data.box=[2,{n}]", f"runs_dir={tmp_path}"] for n in (2, 3)]
+    sweep.run_sweep(jobs, str(tmp_path))
+    (folder,) = tmp_path.glob("sweep-*")
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    assert names == ["000-data.box=-2,2", "001-data.box=-2,3"]
+
+
+@pytest.mark.slow
+def test_a_real_multirun(tiny, tmp_path):
+    arguments = [a for a in tiny("max_steps=4") if not a.startswith("runs_dir")]
+    done = call(
+        tmp_path, "pretrain.py", "-m", "optim=adam_atan2,adamw", "seed=0,1", *arguments
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = results(tmp_path / "runs")
+    assert [(r["optim"], r["seed"]) for r in rows] == [
+        ("adam_atan2", "0"), ("adam_atan2", "1"), ("adamw", "0"), ("adamw", "1")
+    ]  # fmt: skip
+    for row in rows:
+        run_dir = tmp_path / row["run"]
+        summary = json.loads((run_dir / "summary.json").read_text())
+        assert summary["finished"] and summary["step"] == 4 and row["exit_code"] == "0"
+        assert float(row["exact_accuracy"]) == summary["exact_accuracy"]
+        config = (run_dir / "config.yaml").read_text()
+        assert f"name: {row['optim']}" in config and f"seed: {row['seed']}" in config
+    assert len({r["run"] for r in rows}) == 4
+    assert {p.name for p in tmp_path.iterdir()} == {"runs"}
+    assert "results.csv" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_real_multirun_with_a_bad_job_starts_none(tiny, tmp_path):
+    done = call(tmp_path, "pretrain.py", "-m", "seed=0,1", *tiny("grad_accum=3"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "grad_accum=3 does not divide" in done.stderr
+    assert list(tmp_path.iterdir()) == []
