@@ -11,8 +11,9 @@ from pathlib import Path
 import training.loop
 from training import checkpoint
 from training.cli import compose_values, preflight
-from training.config import RunConfig
+from training.config import EvaluateConfig, RunConfig
 from training.loop import Trainer
+from training.report import resolve_evaluation
 from training.resolve import check_job, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,12 @@ def resolved(*arguments: str):
     """A ResolvedRun, by the same way as `pretrain.py` takes."""
     overrides = preflight("cfg_pretrain", RunConfig, list(arguments), check_job)
     return resolve(compose_values("cfg_pretrain", overrides), overrides)
+
+
+def resolved_evaluation(*arguments: str):
+    """A ResolvedEvaluation, as `evaluate.py` makes it."""
+    overrides = preflight("cfg_evaluate", EvaluateConfig, list(arguments))
+    return resolve_evaluation(compose_values("cfg_evaluate", overrides))
 
 
 def train(monkeypatch, *arguments: str, crash_before: int | None = None) -> Path:
@@ -73,11 +80,15 @@ def command(script: str, *arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / script), *arguments]
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **more}
+def environment(**more: str | None) -> dict[str, str]:
+    """The environment of a subprocess; None takes a variable out of it."""
+    wanted = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **more}
+    return {name: value for name, value in wanted.items() if value is not None}
 
 
-def call(cwd: Path, script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
+def call(
+    cwd: Path, script: str, *arguments: str, **more: str | None
+) -> subprocess.CompletedProcess:
     """Run a script of the repository as a user would, in `cwd`."""
     return subprocess.run(
         command(script, *arguments),

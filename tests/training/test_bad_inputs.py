@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shutil
@@ -12,15 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import tests.training.helpers
-import training.cli
 from data import DataError
 from tests.conftest import TINY
-from tests.training.helpers import ROOT, call, resolved, train
-from training.cli import compose_values, preflight
-from training.config import EvaluateConfig
+from tests.training.helpers import ROOT, call, resolved, resolved_evaluation, train
 from training.errors import ConfigError, reported
-from training.report import resolve_evaluation
 
 # (command line, what the sentence has to hold); the files are those of the fixture `place`.
 PRETRAIN = (
@@ -280,17 +274,6 @@ def prepared(tmp_path_factory, datasets_dir) -> Path:
     return place
 
 
-@pytest.fixture(autouse=True)
-def composed_once(monkeypatch) -> None:
-    """Composing takes most of the time, and a program composes twice."""
-    real = training.cli.compose_values
-    cached = functools.cache(lambda name, overrides: real(name, list(overrides)))
-    for module in (training.cli, tests.training.helpers, sys.modules[__name__]):
-        monkeypatch.setattr(
-            module, "compose_values", lambda name, overrides: cached(name, tuple(overrides))
-        )
-
-
 @pytest.fixture
 def place(prepared, monkeypatch) -> Path:
     """It is the working directory; whatever is written there fails the test."""
@@ -310,11 +293,6 @@ def listing(place: Path) -> dict[Path, int]:
 
 def split(line: str) -> list[str]:
     return line.split(" ") if not line.startswith("lr=${") else [line]
-
-
-def evaluation(*arguments: str) -> object:
-    overrides = preflight("cfg_evaluate", EvaluateConfig, list(arguments))
-    return resolve_evaluation(compose_values("cfg_evaluate", overrides))
 
 
 def refusal(run, line: str, capsys) -> str:
@@ -342,7 +320,7 @@ def test_pretrain_refuses(place, capsys, line, message):
 
 @pytest.mark.parametrize("line, message", EVALUATE, ids=[line[:60] for line, _ in EVALUATE])
 def test_evaluate_refuses(place, capsys, line, message):
-    assert_a_sentence(refusal(evaluation, line, capsys), message)
+    assert_a_sentence(refusal(resolved_evaluation, line, capsys), message)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,7 @@ def test_everything_imports_and_trains_without_triton(tiny):
         f"overrides = {tiny('max_steps=3')!r}\n"
         "print(train(resolve(compose_values('cfg_pretrain', overrides), overrides))['step'])\n"
         "assert sys.modules['triton'] is None\n"
+        "assert 'wandb' not in sys.modules, 'it is disabled'\n"
     )
     done = python(code)
     assert done.returncode == 0 and done.stdout == "3\n", done.stderr[-2000:]

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from data import read_dataset
-from tests.training.helpers import newest, resolved, train
-from training.cli import compose_values, preflight
-from training.config import EvalConfig, EvaluateConfig
+from tests.training.helpers import newest, resolved, resolved_evaluation, train
+from training.config import EvalConfig
 from training.errors import ConfigError
 from training.evaluation import evaluate, table
 from training.loop import Trainer
-from training.report import resolve_evaluation, run_evaluation
+from training.report import run_evaluation
 
 CPU = torch.device("cpu")
 
@@ -52,8 +51,7 @@ def reports(state, dataset, batch_size, seed=0, **config):
 
 
 def run(*arguments: str) -> dict:
-    overrides = preflight("cfg_evaluate", EvaluateConfig, list(arguments))
-    return run_evaluation(resolve_evaluation(compose_values("cfg_evaluate", overrides)))
+    return run_evaluation(resolved_evaluation(*arguments))
 
 
 def test_padding_counts_nowhere(state, test_set):

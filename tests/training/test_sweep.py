@@ -107,6 +107,7 @@ def test_a_real_multirun(tiny, tmp_path):
     for row in rows:
         run_dir = tmp_path / row["run"]
         summary = json.loads((run_dir / "summary.json").read_text())
+        assert (run_dir / "curves.png").is_file()
         assert summary["finished"] and summary["step"] == 4 and row["exit_code"] == "0"
         assert float(row["exact_accuracy"]) == summary["exact_accuracy"]
         config = (run_dir / "config.yaml").read_text()
