@@ -151,7 +151,7 @@ def compose_values(config_name: str, overrides: list[str]) -> dict[str, Any]:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = compose(config_name, overrides=overrides, return_hydra_config=True)
         return plain(OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"]))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, AssertionError) as error:
         raise ConfigError(_composition_error(str(error).splitlines()[0], overrides)) from None
 
 

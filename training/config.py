@@ -132,6 +132,9 @@ class EvaluateConfig(Section):
     output_dir: str | None = Field(None, min_length=1, description="null: in the run folder")
 
 
+_NAMES = {"arch.name", "optim.name", "data.name"}  # these come with a preset
+
+
 def validate(schema: type[Section], values: dict[str, Any]) -> Any:
     """Build `schema` from plain values, strictly; ConfigError names the first wrong key."""
     try:
@@ -158,7 +161,7 @@ def _sentence(schema: type[Section], error: ValidationError) -> str:
         del path[-1]  # a member of a union
     key, given, kind = ".".join(path) or "the configuration", first.get("input"), first["type"]
     if kind == "extra_forbidden":
-        return f"there is no key {key}{nearest(key, known_keys(schema) - {key})}"
+        return f"there is no key {key}{nearest(key, known_keys(schema) - {key, *_NAMES})}"
     if kind == "missing":
         return f"{key} is missing; give it a value"
     if kind.startswith("union_tag"):

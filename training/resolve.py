@@ -164,6 +164,8 @@ def check_job(
     check(config, world)
     if isinstance(found, Resume):
         found.check_data(config.data)
+        if config.max_steps is not None:
+            found.check_steps(config.max_steps)
     return config, world, found
 
 
@@ -184,6 +186,7 @@ def resolve(values: dict[str, Any], overrides: list[str]) -> ResolvedRun:
         total_steps = count_steps(config, info)
         if isinstance(found, Resume):
             found.check_dataset(info)
+            found.check_steps(total_steps)
     except BaseException:
         discard(run_dir, config)
         raise

@@ -59,6 +59,15 @@ class Resume:
                     f"is {now}; to start from its weights only, give its model.safetensors file"
                 )
 
+    def check_steps(self, total_steps: int) -> None:
+        """Raise ConfigError if the run is to end before the checkpoint."""
+        if total_steps < self.index["step"]:
+            changed = [c for c in self.changes if c.startswith(("max_steps", "epochs"))]
+            raise ConfigError(
+                f"{'; '.join(changed)}: the run would end at step {total_steps}, and {self.path} "
+                f"is at step {self.index['step']} already; raise max_steps or epochs"
+            )
+
 
 @dataclass(frozen=True)
 class WarmStart:

@@ -151,6 +151,7 @@ PRETRAIN = (
     # Hydra's own
     ("hydra.run.dir=here", r"hydra\.run\.dir is fixed here"),
     ("hydra=1", r"hydra is fixed here"),
+    ("-m hydra.sweeper.params.seed=0,1", r"cannot be composed"),
     ("hydra/launcher=nope", r"hydra/launcher"),
     ("hydra.output_subdir=x", r"hydra\.output_subdir"),
     ("--config-name=nope", r"there is no option --config-name=nope"),

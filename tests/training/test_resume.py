@@ -311,6 +311,7 @@ REFUSED = (
     ("data.num_train=40", r"data\.num_train: 60 → 40: that is another dataset"),
     ("optim.eps=1e-6", r"there is no key optim\.eps"),
     ("max_steps=0", r"max_steps=0 is not valid"),
+    ("max_steps=7", r"max_steps: 12 → 7: the run would end at step 7, .* at step 10 already"),
     ("experiment=sudoku6", r"arch\.|data\.|global_batch_size"),
 )
 
