@@ -10,10 +10,16 @@ from importlib import import_module
 from typing import Any
 
 from models.config import LossConfig, ModelDims, ReasoningConfig
+from models.hrm import HRMConfig
+from models.transformer import TransformerConfig
 from models.trm import TRMConfig
+from models.urm import URMConfig
 
 ARCHITECTURES: dict[str, type[ReasoningConfig]] = {
+    "hrm": HRMConfig,
     "trm": TRMConfig,
+    "urm": URMConfig,
+    "transformer": TransformerConfig,
 }
 
 _LAZY = {
@@ -26,7 +32,7 @@ _LAZY = {
     "counter_uniform": "models.random",
 }
 
-__all__ = ["ARCHITECTURES", "LossConfig", "ModelDims", "ReasoningConfig", "TRMConfig", *_LAZY]
+__all__ = ["ARCHITECTURES", "LossConfig", "ModelDims", "ReasoningConfig", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

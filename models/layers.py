@@ -88,6 +88,55 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+class DepthwiseConv(nn.Module):
+    """A convolution over the tokens, each feature by itself; zeros stand beyond both ends.
+
+    Of `kernel` = 2 taps a token sees the one before it and itself; of 3, a neighbour either side.
+    """
+
+    def __init__(
+        self, features: int, kernel: int, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(kernel)  # uniform, as torch initializes convolutions
+        weight, bias = torch.empty(features, 1, kernel), torch.empty(features)
+        self.weight = nn.Parameter(weight.uniform_(-bound, bound, generator=generator))
+        self.bias = nn.Parameter(bias.uniform_(-bound, bound, generator=generator))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        taps = self.weight.to(x_BLD.dtype).squeeze(1).unbind(-1)  # each (D,)
+        before, length = len(taps) // 2, x_BLD.shape[1]
+        # a sum of shifted copies needs no transposition, and a compiler fuses it
+        padded = F.pad(x_BLD, (0, 0, before, len(taps) - 1 - before))
+        y_BLD = self.bias.to(x_BLD.dtype)
+        for shift, tap in enumerate(taps):
+            y_BLD = y_BLD + tap * padded[:, shift : shift + length]
+        return y_BLD
+
+
+class ConvSwiGLU(SwiGLU):
+    """`W_down silu(conv(silu(W_gate x) ⊙ W_up x))`.
+
+    Source: Gao et al. 2025, "Universal Reasoning Model", arXiv:2512.14693.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        expansion: float,
+        kernel: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(features, expansion, generator)
+        self.conv = DepthwiseConv(self.down.weight.shape[1], kernel, generator)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        gate, up = self.gate_up(x_BLD).chunk(2, dim=-1)
+        return self.down(F.silu(self.conv(F.silu(gate) * up)))
+
+
 class RotaryTable(nn.Module):
     """Cosines and sines of the rotary position encoding (Su et al. 2021, arXiv:2104.09864).
 

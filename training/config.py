@@ -154,14 +154,16 @@ def _sentence(schema: type[Section], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     tables = {"arch": ARCHITECTURES, "optim": OPTIMIZERS, "data": DATASETS}
     path = [str(part) for part in first["loc"]]
+    keys = known_keys(schema) - _NAMES
     if len(path) > 1 and path[0] in tables and path[1] in tables[path[0]]:
+        keys = known_keys(tables[path[0]][path[1]], f"{path[0]}.") - _NAMES
         del path[1]  # the union's tag
     path = [p for p in path if not p.startswith(("tuple[", "list[", "literal[", "function-"))]
     if len(path) > 1 and path[-1] in ("int", "str", "float"):
         del path[-1]  # a member of a union
     key, given, kind = ".".join(path) or "the configuration", first.get("input"), first["type"]
     if kind == "extra_forbidden":
-        return f"there is no key {key}{nearest(key, known_keys(schema) - {key, *_NAMES})}"
+        return f"there is no key {key}{nearest(key, keys - {key})}"
     if kind == "missing":
         return f"{key} is missing; give it a value"
     if kind.startswith("union_tag"):

@@ -114,7 +114,8 @@ def merge(
     saved = found.index["config"]
     merged = {**saved, "load_checkpoint": values["load_checkpoint"]}
     for key in explicit_keys(overrides):
-        merged = _assign(merged, values, key.split("."))
+        if _has(values, key.split(".")):  # an experiment's key for another preset is gone
+            merged = _assign(merged, values, key.split("."))
     old = validate(RunConfig, saved)
     new = validate(RunConfig, merged)
     differences = _differences(old.model_dump(), new.model_dump())
@@ -160,6 +161,14 @@ def _leaves(tree: dict[str, Any], prefix: str) -> list[str]:
     for key, value in tree.items():
         keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
     return keys
+
+
+def _has(values: Any, path: list[str]) -> bool:
+    for key in path:
+        if not isinstance(values, dict) or key not in values:
+            return False
+        values = values[key]
+    return True
 
 
 def _assign(target: dict[str, Any], source: dict[str, Any], path: list[str]) -> dict[str, Any]:

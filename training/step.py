@@ -39,6 +39,7 @@ def train_step(state: TrainState, config: RunConfig, total_steps: int) -> None:
     batch = state.loader.batch(state.step)
     state.step += 1
     state.step_counter += 1
+    state.model.set_progress(state.step / total_steps)
     carry = state.act.refill(state.carry, batch)
     draws = counter_uniform(config.seed, state.step_counter, state.row_numbers, streams=2)
     parts, losses, sums, finite = [], [], {}, []
