@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from models.config import LossConfig, ModelDims, ReasoningConfig
+from models.errors import ModelError
 from models.hrm import HRMConfig
 from models.transformer import TransformerConfig
 from models.trm import TRMConfig
@@ -32,7 +33,7 @@ _LAZY = {
     "counter_uniform": "models.random",
 }
 
-__all__ = ["ARCHITECTURES", "LossConfig", "ModelDims", "ReasoningConfig", *_LAZY]
+__all__ = ["ARCHITECTURES", "LossConfig", "ModelDims", "ModelError", "ReasoningConfig", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from models.attention import Attention
+from models.attention_backends import resolve_backend
 from models.config import ModelDims, ReasoningConfig
 from models.reasoning import ReasoningModel
 
@@ -20,11 +22,19 @@ def build_model(
 ) -> ReasoningModel:
     """Initialize on the CPU from `seed` (the same weights on every device), then move.
 
-    Parameters are float32, or float64 where the forward pass is.
+    Parameters are float32, or float64 where the forward pass is. ModelError: the configuration
+    asks for what this device does not have.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = forward_dtype(config, device)
+    backend = "sdpa"
+    if config.has_attention:
+        head_dim = config.hidden_size // config.num_heads
+        backend = resolve_backend(config.attention_backend, device, dtype, head_dim)
     model = config.build(dims, dtype=dtype, generator=generator)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.backend = backend
     if dtype == torch.float64:
         model = model.double()
     return model.to(device)

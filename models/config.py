@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models.attention_backends import check_installed
+
 if TYPE_CHECKING:
     import torch
 
@@ -135,6 +137,15 @@ class ReasoningConfig(BaseModel):
         if self.puzzle_emb_len == "auto":
             return -(-self.puzzle_emb_ndim // self.hidden_size)
         return self.puzzle_emb_len if self.puzzle_emb_ndim else 0
+
+    def check_machine(self) -> None:
+        """Raise ModelError if a package that the configuration asks for is missing here."""
+        if self.has_attention:
+            check_installed(self.attention_backend)
+
+    def portable(self) -> ReasoningConfig:
+        """The same model, with every choice that depends on the machine left open."""
+        return self.model_copy(update={"attention_backend": "auto", "fp8": False})
 
     # What an architecture is
 

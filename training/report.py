@@ -121,7 +121,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     device = choose_device(config.device)
     set_determinism(device)
     with memory_advice(job.trained):
-        model = build_model(job.trained.arch, job.dims, seed=0, device=device)
+        model = build_model(job.trained.arch.portable(), job.dims, seed=0, device=device)
         tensors = checkpoint.read_tensors(found.path, "model")
         if config.weights == "ema":
             tensors |= checkpoint.read_tensors(found.path, "ema")

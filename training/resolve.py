@@ -120,6 +120,7 @@ def check(config: RunConfig, world: World) -> None:
     if config.device == "mps" and config.arch.forward_dtype == "float64":
         raise ConfigError("arch.forward_dtype=float64 does not exist on device=mps; use float32")
     check_device(config.device)
+    config.arch.check_machine()
     config.data.check()
 
 
