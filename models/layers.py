@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import fp8
+
 # Standard deviation of a unit normal truncated at ±2; dividing by it restores the asked-for one.
 _TRUNCATED_STD = 0.87962566103423978
 
@@ -42,9 +44,12 @@ class Linear(nn.Module):
         std = 1.0 / math.sqrt(in_features)
         self.weight = nn.Parameter(truncated_normal((out_features, in_features), std, generator))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.fp8 = False  # `build_model` sets it where the configuration and the shape allow
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) → (..., out_features)."""
+        if self.fp8:
+            return fp8.linear(x, self.weight.to(x.dtype))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 

@@ -18,6 +18,7 @@ from optim import EMA, SparseSignSGD
 from optim.base import DeviceOptimizer
 from training.checkpoint import read_tensors
 from training.errors import ConfigError
+from training.loss_scale import LossScale
 from training.resolve import ResolvedRun
 from training.resume import Resume, WarmStart
 from training.weights import read_weights
@@ -62,6 +63,8 @@ class TrainState:
         self.carry: Carry = self.act.initial_carry(self.loader.batch(0))
         self.step_counter = torch.zeros((), dtype=torch.int64, device=device)  # the step, there
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)  # steps held back
+        half = model.embedding.dtype == torch.float16
+        self.loss_scale = LossScale(device) if half else None
         self.sums = {name: torch.zeros((), device=device) for name in SUMS}  # since the last log
         self.row_numbers = torch.arange(
             self.loader.local.start, self.loader.local.stop, device=device
@@ -85,6 +88,8 @@ class TrainState:
         carry |= {"steps": self.carry.steps, "halted": self.carry.halted}
         carry |= {f"sums.{k}": v for k, v in self.sums.items()}
         carry["nonfinite"] = self.nonfinite
+        if self.loss_scale is not None:
+            carry |= self.loss_scale.tensors()
         files = {
             "model": self.model.state_dict(),
             "optimizer": self._optimizer_tensors(),

@@ -53,12 +53,19 @@ def train_step(state: TrainState, config: RunConfig, total_steps: int) -> None:
         sums = {k: sums[k] + v if k in sums else v for k, v in metrics.items()}
 
     norm = global_grad_norm([p for p in state.model.parameters() if p.grad is not None])
+    if state.loss_scale is not None:
+        norm = norm / state.loss_scale.scale
     finite += [torch.isfinite(norm), torch.isfinite(sum(losses))]
     bad = ~torch.stack(finite).all()
+    scale, counted = None, bad
+    if state.loss_scale is not None:  # an overflow lowers the scale; it counts if that cannot help
+        scale = state.loss_scale.scale.clone()
+        counted = state.loss_scale.update(bad)
     if config.on_nonfinite == "stop":
-        bad = bad | (state.nonfinite > 0)
-    state.nonfinite += bad
-    _update_weights(state, config, norm, bad, total_steps)
+        stopped = state.nonfinite > 0
+        bad, counted = bad | stopped, counted | stopped
+    state.nonfinite += counted
+    _update_weights(state, config, norm, scale, bad, total_steps)
     state.carry = _hold(bad, carry, _join(parts))
     with torch.no_grad():
         for name, value in {**sums, "grad_norm": norm, "train_steps": 1}.items():
@@ -82,7 +89,10 @@ def _forward_backward(
         puzzle_rows = puzzle_rows.detach().requires_grad_()
     part, output = state.act(part, puzzle_rows, draws[:, rows])
     loss, metrics = act_loss(part, output, config.arch.loss)
-    (loss / config.global_batch_size).backward()
+    scaled = loss / config.global_batch_size
+    if state.loss_scale is not None:
+        scaled = scaled * state.loss_scale.scale
+    scaled.backward()
     finite = torch.ones((), dtype=torch.bool, device=state.device)
     if puzzle_rows is not None:
         sparse = state.optimizers["sparse_signsgd"]
@@ -92,15 +102,24 @@ def _forward_backward(
 
 
 def _update_weights(
-    state: TrainState, config: RunConfig, norm: Tensor, bad: Tensor, total_steps: int
+    state: TrainState,
+    config: RunConfig,
+    norm: Tensor,
+    loss_scale: Tensor | None,
+    bad: Tensor,
+    total_steps: int,
 ) -> None:
+    """Step the optimizers and the average. `norm` is that of the gradients / `loss_scale`."""
     rates = learning_rates(config, state.step, total_steps)
     found_inf = bad.to(torch.float32)
     for name, optimizer in state.optimizers.items():
         optimizer.set_lr(rates[name])
         scale = None
-        if name != "sparse_signsgd" and config.grad_clip_norm > 0:
-            scale = clip_scale(norm, config.grad_clip_norm)
+        if name != "sparse_signsgd":  # which looks at signs only
+            scale = loss_scale
+            if config.grad_clip_norm > 0:
+                clip = clip_scale(norm, config.grad_clip_norm)
+                scale = clip if loss_scale is None else clip * loss_scale
         optimizer.step(grad_scale=scale, found_inf=found_inf)
         optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
