@@ -142,46 +142,83 @@ def _renamed(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], bool]:
     wrong = [k for k, v in tensors.items() if not isinstance(v, torch.Tensor)]
     if wrong or not tensors:
         raise TypeError(f"{wrong[0]!r} is no tensor" if wrong else "it is empty")
-    if is_reference(tensors) or any(our_name(name) for name in tensors):
+    if is_reference(tensors):
         return from_reference(tensors), True
     return {
         k.replace("_orig_mod.", "").removeprefix("model."): t for k, t in tensors.items()
     }, False
 
 
-def describe(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], ModelDims]:
-    """(architecture, fields of its config, dims) as far as the shapes of `weights` tell.
+def describe(
+    weights: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, Any], ModelDims]:
+    """(architecture, fields of its config, dims) that the shapes of `weights` and `config` tell.
 
-    Not in the shapes: heads, cycles, ACT steps, and a prefix longer than its embedding (told only
-    by learned positions or a token mixer). KeyError: a tensor that every model has is missing.
+    `config` is the `arch` section of the reference's configuration, where it is known; shapes win
+    over it. Without it heads, cycles and ACT steps keep our defaults. `dims.seq_len` is 0 unless
+    learned positions or a token mixer tell it. KeyError: a tensor that every model has is missing.
     """
+    from models import ARCHITECTURES
+
     vocab_size, width = weights["embedding.tokens"].shape
     puzzles, positions = weights.get("embedding.puzzles"), weights.get("embedding.positions")
-    numbers = [re.match(r"levels\.([HL])\.blocks\.(\d+)\.", name) for name in weights]
-    layers = {m[1]: 0 for m in numbers if m}
-    for match in filter(None, numbers):
-        layers[match[1]] = max(layers[match[1]], int(match[2]) + 1)
-    level = next(iter(layers))
-    inner = weights[f"levels.{level}.blocks.0.mlp.down.weight"].shape[1]
-    fields: dict[str, Any] = {"hidden_size": width, "expansion": 1.5 * inner / width}
-    fields["puzzle_emb_ndim"] = 0 if puzzles is None else puzzles.shape[1]
-    fields["pos_encodings"] = "rope" if positions is None else "learned"
-    mixer = weights.get(f"levels.{level}.blocks.0.token_mlp.down.weight")
+    layers: dict[str, int] = {}
+    for match in (re.match(r"levels\.([HL])\.blocks\.(\d+)\.", name) for name in weights):
+        if match:
+            layers[match[1]] = max(layers.get(match[1], 0), int(match[2]) + 1)
+    if not layers:
+        raise KeyError("there is no tensor of a block in it")
+    first = f"levels.{next(iter(layers))}.blocks.0"
+    mixer = weights.get(f"{first}.token_mlp.down.weight")
+    shapes: dict[str, Any] = {
+        "hidden_size": width,
+        "expansion": 1.5 * weights[f"{first}.mlp.down.weight"].shape[1] / width,
+        "puzzle_emb_ndim": 0 if puzzles is None else puzzles.shape[1],
+    }
+    if positions is not None:
+        shapes["pos_encodings"] = "learned"
     if "z_init" in weights:
-        conv = weights[f"levels.{level}.blocks.0.mlp.conv.weight"]
-        name, fields["conv_kernel"], fields["num_layers"] = "urm", conv.shape[-1], layers["L"]
+        name, shapes["num_layers"] = "urm", layers["L"]
+        shapes["conv_kernel"] = weights[f"{first}.mlp.conv.weight"].shape[-1]
     elif set(layers) == {"H", "L"}:
-        name, fields["H_layers"], fields["L_layers"] = "hrm", layers["H"], layers["L"]
-    elif level == "H":
-        name, fields["H_layers"] = "transformer", layers["H"]
+        name, shapes["H_layers"], shapes["L_layers"] = "hrm", layers["H"], layers["L"]
+    elif "H" in layers:
+        name, shapes["H_layers"] = "transformer", layers["H"]
     else:
+        name, shapes["L_layers"] = "trm", layers["L"]
         latents = sum(n.startswith("z_L") for n in weights)
-        name, fields["L_layers"] = "trm", layers["L"]
-        fields["latents"] = latents if "z_H_init" in weights else 0
+        shapes["latents"] = latents if "z_H_init" in weights else 0
+        shapes["mixer"] = "attention" if mixer is None else "mlp"
+        if mixer is not None and positions is None:
+            shapes["pos_encodings"] = "none"
+    fields = {**reference_fields(config or {}, name), **shapes}
+    given = ARCHITECTURES[name](**fields)  # refuses what cannot be
+    length = next((t.shape[0] for t in (positions,) if t is not None), 0)
     if mixer is not None:
-        fields |= {"mixer": "mlp", "pos_encodings": "none" if positions is None else "learned"}
-    length = next((t.shape[0] for t in (positions, mixer) if t is not None), 0)
-    return name, fields, ModelDims(length, vocab_size, 1 if puzzles is None else len(puzzles))
+        length = mixer.shape[0]
+    seq_len = max(length - given.prefix_len, 0)
+    return name, fields, ModelDims(seq_len, vocab_size, 1 if puzzles is None else len(puzzles))
+
+
+def reference_fields(arch: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Fields of our config of the architecture `name` from a reference's `arch` section."""
+    from models import ARCHITECTURES
+
+    known = ARCHITECTURES[name].model_fields
+    fields = {k: v for k, v in arch.items() if k in known and k not in ("name", "loss")}
+    # of the reference's classes only TRM's know a prefix longer than its embedding
+    prefix = arch.get("puzzle_emb_len", 16 if name == "trm" and not arch else 0)
+    fields["puzzle_emb_len"] = prefix or "auto"
+    if "loops" in arch:
+        fields["halt_max_steps"] = arch["loops"]
+    if "mlp_t" in arch and name == "trm":
+        fields["mixer"] = "mlp" if arch["mlp_t"] else "attention"
+    # HRM and its baseline halt where q_halt > q_continue
+    fields["no_act_continue"] = arch.get("no_ACT_continue", name in ("trm", "urm"))
+    loss = arch.get("loss")
+    kind = loss.get("loss_type", "") if isinstance(loss, Mapping) else ""
+    fields["loss"] = {"kind": "softmax" if kind.startswith("softmax") else "stablemax"}
+    return fields
 
 
 def resize_puzzles(

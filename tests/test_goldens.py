@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from models import ACT, ARCHITECTURES, ModelDims, act_loss, build_model
-from models.legacy import from_reference, our_name, to_reference
+from models.legacy import describe, from_reference, our_name, reference_fields, to_reference
 from optim import AdamATan2, SparseSignSGD
 
 GOLDENS = Path(os.environ.get("GOLDENS_DIR", Path(__file__).parent / "goldens"))
@@ -37,22 +37,20 @@ class Golden:
         self.config = c = json.loads(bytes(self.arrays["config"]))
         self.train = c["train"]
         family = c["arch"].partition("_")[0]  # trm_att, trm_mlp and trm_learned are one class
-        config_class = ARCHITECTURES[family]
-        given = {k: v for k, v in c.items() if k in config_class.model_fields and k != "name"}
-        given["puzzle_emb_len"] = c.get("puzzle_emb_len", 0) or "auto"
-        given["halt_max_steps"] = c.get("halt_max_steps", c.get("loops"))
-        if "mlp_t" in c:
-            given["mixer"] = "mlp" if c["mlp_t"] else "attention"
-        # HRM and its baseline halt where q_halt > q_continue, which the baseline does not learn
-        given["no_act_continue"] = c.get("no_ACT_continue", family in ("trm", "urm"))
+        given = reference_fields(c, family)
         given["loss"] = {"kind": self.train["loss"].removesuffix("_cross_entropy")}
-        if "step0/metrics/q_continue_loss" not in self.arrays:
+        if "step0/metrics/q_continue_loss" not in self.arrays:  # the baseline does not learn it
             given["loss"]["continue_weight"] = 0
         self.dims = ModelDims(c["seq_len"], c["vocab_size"], c["num_puzzle_identifiers"])
-        model = build_model(config_class(**given), self.dims, seed=0, device=torch.device("cpu"))
+        model = build_model(
+            ARCHITECTURES[family](**given), self.dims, seed=0, device=torch.device("cpu")
+        )
         weights = from_reference(self.tensors("init/"))
         model.load_state_dict(weights, strict=True)
         assert to_reference(weights).keys() == self.tensors("init/").keys()
+        assert describe(weights, c)[0] == family
+        assert describe(weights, c)[1].items() >= {k: v for k, v in given.items() if k != "loss"
+                                                   and k != "expansion"}.items()  # fmt: skip
         self.act = ACT(model)
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from data import DatasetConfig, DatasetInfo
+from models import files
 from training import checkpoint
 from training.config import RunConfig, validate
 from training.errors import ConfigError, nearest
@@ -77,8 +78,13 @@ class WarmStart:
 
 
 def find_checkpoint(text: str, runs_dir: Path) -> Resume | WarmStart:
-    """What `text` names: `latest`, a run folder, a checkpoint folder, or a weights file."""
-    path = _latest_run(runs_dir) if text == "latest" else Path(text).expanduser()
+    """What `text` names: `latest`, a run or checkpoint folder, a weights file, a hub's id."""
+    if text.startswith(files.HUB):
+        path = files.from_hub(text)
+    else:
+        path = _latest_run(runs_dir) if text == "latest" else Path(text).expanduser()
+    if not (path / "config.yaml").exists() and path.is_dir():
+        path = files.newest_file(path) or path  # a run folder of the ancestors
     if path.is_file():
         check_weights_file(path)
         return WarmStart(path)
