@@ -27,10 +27,13 @@ _LAZY = {
     "ACT": "models.act",
     "Carry": "models.act",
     "IGNORE_LABEL": "models.act",
+    "Answer": "models.pretrained",
     "ReasoningModel": "models.reasoning",
+    "Solver": "models.pretrained",
     "act_loss": "models.loss",
     "build_model": "models.build",
     "counter_uniform": "models.random",
+    "load_pretrained": "models.pretrained",
 }
 
 __all__ = ["ARCHITECTURES", "LossConfig", "ModelDims", "ModelError", "ReasoningConfig", *_LAZY]

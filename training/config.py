@@ -101,7 +101,7 @@ class RunConfig(Section):
     runs_dir: str = Field("runs", min_length=1, description="where run folders go")
     datasets_dir: str = Field("datasets", min_length=1, description="where built data go")
     load_checkpoint: str | None = Field(
-        None, min_length=1, description="run folder, checkpoint, weights file, or latest"
+        None, min_length=1, description="run folder, checkpoint, file, hf:OWNER/NAME, or latest"
     )
 
 
@@ -116,7 +116,10 @@ class EvaluateConfig(Section):
     """One evaluation of a checkpoint."""
 
     checkpoint: str | None = Field(
-        None, min_length=1, description="run folder, checkpoint, or latest"
+        None, min_length=1, description="run folder, checkpoint, converted file, hf:…, or latest"
+    )
+    arch: Annotated[dict[str, Any] | None, KeysOf(ARCHITECTURES)] = Field(
+        None, description="keys on top of the checkpoint's, such as arch.halt_max_steps"
     )
     data: Annotated[dict[str, Any] | None, KeysOf(DATASETS)] = Field(
         None, description="test data: a preset, or keys on top of the checkpoint's; null: its own"
