@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -60,10 +62,11 @@ def run(
     grad_enabled = torch.is_grad_enabled()
     for phase in schedule:
         with torch.set_grad_enabled(phase.grad and grad_enabled):
-            for _ in range(phase.repeat):
-                for update in phase.updates:
-                    injection = values[update.sources[0]]
-                    for source in update.sources[1:]:
-                        injection = injection + values[source]
-                    values[update.target] = levels[update.level](values[update.target], injection)
+            sums: dict[tuple[str, ...], Tensor] = {}  # of sources that have not changed since
+            for update in phase.updates * phase.repeat:
+                if update.sources not in sums:
+                    sums[update.sources] = reduce(add, (values[s] for s in update.sources))
+                injection = sums[update.sources]
+                values[update.target] = levels[update.level](values[update.target], injection)
+                sums = {k: v for k, v in sums.items() if update.target not in k}
     return {name: values[name] for name in state}
