@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.attention_backends import attend
 from models.config import ReasoningConfig
+from models.kernels import usable
 from models.layers import Linear, RotaryTable
 
 
@@ -18,6 +19,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.causal = config.causal
+        self.fusible = config.attention_backend == "auto"
         self.backend = "sdpa"  # `build_model` knows the device, and what is best there
         width = config.hidden_size
         self.qkv = Linear(width, 3 * width, generator=generator)
@@ -25,7 +27,14 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        qkv = rearrange(self.qkv(x_BLD), "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
+        qkv = self.qkv(x_BLD)
+        if self.fusible and usable("attention", qkv):
+            from models.kernels.attention import short_attention, supported
+
+            if supported(x_BLD.shape[1], x_BLD.shape[2] // self.num_heads):
+                tables = (None, None) if rope is None else (rope.cos, rope.sin)
+                return self.out(short_attention(qkv, self.num_heads, *tables, self.causal))
+        qkv = rearrange(qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
         q, k, v = qkv.unbind(0)
         if rope is not None:
             q, k = rope(q), rope(k)

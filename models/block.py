@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.attention import Attention
 from models.config import ModelDims, ReasoningConfig
+from models.kernels import usable
 from models.layers import ConvSwiGLU, RotaryTable, SwiGLU, rms_norm
 from models.recursion import recomputed
 
@@ -40,10 +41,20 @@ class Block(nn.Module):
         """(B, L, D) → (B, L, D)."""
         if self.attention is not None:
             x_BLD = rms_norm(x_BLD + self.attention(x_BLD, rope), self.eps)
-        else:  # the token mixer works, and normalizes, along the tokens of each feature
-            x_BDL = x_BLD.transpose(1, 2)
-            x_BLD = rms_norm(x_BDL + self.token_mlp(x_BDL), self.eps).transpose(1, 2)
+        else:
+            x_BLD = self._mix_tokens(x_BLD)
         return rms_norm(x_BLD + self.mlp(x_BLD), self.eps)
+
+    def _mix_tokens(self, x_BLD: Tensor) -> Tensor:
+        """The token mixer works, and normalizes, along the tokens of each feature."""
+        if usable("mixer", x_BLD):
+            from models.kernels.mixer import MAX_TOKENS, token_mixer
+
+            if x_BLD.shape[1] <= MAX_TOKENS:
+                mlp = self.token_mlp
+                return token_mixer(x_BLD, mlp.gate_up.weight, mlp.down.weight, self.eps)
+        x_BDL = x_BLD.transpose(1, 2)
+        return rms_norm(x_BDL + self.token_mlp(x_BDL), self.eps).transpose(1, 2)
 
 
 class BlockStack(nn.Module):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import fp8
+from models.kernels import usable
 
 # Standard deviation of a unit normal truncated at ±2; dividing by it restores the asked-for one.
 _TRUNCATED_STD = 0.87962566103423978
@@ -83,6 +84,11 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., features) → (..., features)."""
         features = x.shape[-1]
+        fusible = features % 8 == 0 and not self.gate_up.fp8
+        if not torch.is_grad_enabled() and fusible and usable("swiglu", x):
+            from models.kernels.swiglu import linear_swiglu
+
+            return self.down(linear_swiglu(x.contiguous(), self.gate_up.weight.to(x.dtype)))
         excess = -features % 8 if x.is_cuda else 0
         if excess:  # rows of 16 bytes: unaligned products run at a third of the speed
             gate_up = F.pad(self.gate_up.weight.to(x.dtype), (0, excess))

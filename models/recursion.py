@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -104,23 +106,18 @@ def _cycle(
     last: bool,
 ) -> None:
     """Carry out `updates` on `values`, in place. `last`: the backward pass begins here."""
+    sums: dict[tuple[str, ...], Tensor | None] = {(): None}  # of sources as they are
     for number, update in enumerate(updates):
         level, ends = levels[update.level], last and number == len(updates) - 1
-        recompute = 0
-        if kept in ("block", "all"):
-            recompute = len(level.blocks) - ends
-
-        def apply(
-            target: Tensor, *sources: Tensor, level: BlockStack = level, recompute: int = recompute
-        ) -> Tensor:
-            injection = sum(sources[1:], sources[0]) if sources else None
-            return level(target, injection, recompute)
-
-        inputs = [values[name] for name in (update.target, *update.sources)]
+        if update.sources not in sums:
+            sums[update.sources] = reduce(add, (values[name] for name in update.sources))
+        inputs = values[update.target], sums[update.sources]
         if kept == "cycle" and not ends:
-            values[update.target] = recomputed(apply, *inputs)
+            values[update.target] = recomputed(level, *inputs)
         else:
-            values[update.target] = apply(*inputs)
+            by_block = kept in ("block", "all")
+            values[update.target] = level(*inputs, len(level.blocks) - ends if by_block else 0)
+        sums = {names: total for names, total in sums.items() if update.target not in names}
 
 
 def _recomputed_cycle(

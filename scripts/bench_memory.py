@@ -3,10 +3,10 @@
     python scripts/bench_memory.py arch=trm arch.L_cycles=4 global_batch_size=192 --seq-len 900
     python scripts/bench_memory.py arch=trm arch.hidden_size=64 global_batch_size=8 --modes none all
 
-The whole step as in training (optimizer, average, compilation as configured), on random tokens, one
-mode after the other in one process. Time: median over steps, between CUDA events or by the clock;
-memory: what torch allocated at most during those steps (CUDA only). `loss` is that of the last
-step: equal losses mean equal training.
+The whole step as in training (optimizer, average, compilation, CUDA graph as configured), on random
+tokens, one mode after the other in one process. Time: median over steps, between CUDA events or by
+the clock. Memory: what torch allocated at most (CUDA only). The loss is the mean over the timed
+steps: equal losses mean equal training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from data.puzzles import PuzzleSet
 from models import ModelDims
 from training.cli import compose_values, preflight
 from training.config import RunConfig, validate
-from training.device import choose_device, configure_compiler, set_determinism, wants_compile
+from training.device import choose_device, prepare_execution, set_determinism
 from training.errors import reported
 from training.resolve import ResolvedRun, World, check
 from training.state import TrainState
@@ -54,9 +54,7 @@ def build(config: RunConfig, dims: ModelDims, device: torch.device) -> TrainStat
     """A training state of `config` on random data."""
     run = ResolvedRun(config, dims, Path(), None, 10**6, World(), Path(), "", None)
     state = TrainState(run, random_dataset(dims), device)
-    if wants_compile(config.compile, device):
-        configure_compiler()
-        state.model.compile_levels()
+    prepare_execution(state, config)
     return state
 
 
@@ -81,12 +79,12 @@ def measure(config: RunConfig, dims: ModelDims, steps: int, device: torch.device
     def step() -> None:
         train_step(state, config, 10**6)
 
+    if device.type == "cuda":  # the peak is that of the steps before a graph is captured
+        torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    for _ in range(3):
+    for _ in range(4):
         timed(step, device)
     warm_up = time.perf_counter() - start
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     for value in state.sums.values():
         value.zero_()
     times = [timed(step, device) for _ in range(steps)]

@@ -90,6 +90,13 @@ class RunConfig(Section):
     device: Device = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: CUDA")
 
+    kernels: Literal["auto", "off"] = Field(
+        "auto", description="fused Triton kernels of the model; auto: CUDA in half precision"
+    )
+    cuda_graph: Literal["auto", "off"] = Field(
+        "auto", description="the step as one CUDA graph; auto: on CUDA"
+    )
+
     log_interval: Steps = Field(10, ge=1, description="steps between log lines")
     eval_interval: Steps | None = Field(None, ge=1, description="steps; null: at the end only")
     checkpoint_interval: Steps | None = Field(None, ge=1, description="null: eval_interval")

@@ -7,11 +7,16 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
+from models import kernels
 from training.config import RunConfig
 from training.errors import ConfigError, TrainingFailed
+
+if TYPE_CHECKING:
+    from training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +66,17 @@ def wants_compile(setting: str, device: torch.device) -> bool:
     if setting == "on" and device.type == "cuda" and not has_triton:
         raise ConfigError("compile=on needs the package triton on CUDA; install it, or compile=off")
     return setting == "on" or (setting == "auto" and device.type == "cuda" and has_triton)
+
+
+def prepare_execution(state: TrainState, config: RunConfig) -> None:
+    """How the steps of `state` will run: fused kernels, compiled levels, a CUDA graph."""
+    if config.kernels == "off":
+        kernels.switch_off()
+    if wants_compile(config.compile, state.device):
+        configure_compiler()
+        state.model.compile_levels()
+    if config.cuda_graph == "auto" and state.device.type == "cuda":
+        state.use_graph()
 
 
 def configure_compiler() -> None:

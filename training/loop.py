@@ -19,11 +19,10 @@ from data import read_dataset
 from training import checkpoint
 from training.device import (
     choose_device,
-    configure_compiler,
     device_name,
     memory_advice,
+    prepare_execution,
     set_determinism,
-    wants_compile,
 )
 from training.errors import TrainingFailed
 from training.evaluation import SetReport, evaluate, table
@@ -84,9 +83,7 @@ class Trainer:
         describe(run.run_dir, config)
         self.datasets = {s: read_dataset(run.dataset_path, s) for s in ("train", "test")}
         self.state = TrainState(run, self.datasets["train"], device)
-        if wants_compile(config.compile, device):
-            configure_compiler()
-            self.state.model.compile_levels()
+        prepare_execution(self.state, config)
         self._announce(device)
         self.best = -1.0
         self.saved_step: int | None = None

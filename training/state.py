@@ -21,6 +21,7 @@ from optim import EMA, SparseSignSGD
 from optim.base import DeviceOptimizer
 from training.checkpoint import read_tensors
 from training.errors import ConfigError
+from training.graph import GraphedWork
 from training.loss_scale import LossScale
 from training.resolve import ResolvedRun
 from training.resume import Resume, WarmStart
@@ -54,6 +55,8 @@ class TrainState:
             )
         self._check_ownership(config.freeze_weights)
         self.ema = EMA(model.named_parameters(), config.ema_rate) if config.ema else None
+        if self.ema is not None:
+            self.ema.attach(*self.optimizers.values())
         self.loader = TrainLoader(
             dataset,
             global_batch_size=config.global_batch_size,
@@ -63,15 +66,24 @@ class TrainState:
             world_size=run.world.size,
             device=device,
         )
-        self.carry: Carry = self.act.initial_carry(self.loader.batch(0))
+        self.incoming = self.loader.batch(0)  # where the next step finds its batch
+        self.carry: Carry = self.act.initial_carry(self.incoming)
         self.step_counter = torch.zeros((), dtype=torch.int64, device=device)  # the step, there
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)  # steps held back
         half = model.embedding.dtype == torch.float16
         self.loss_scale = LossScale(device) if half else None
+        self.graph: GraphedWork | None = None
         self.sums = {name: torch.zeros((), device=device) for name in SUMS}  # since the last log
         self.row_numbers = torch.arange(
             self.loader.local.start, self.loader.local.stop, device=device
         )
+
+    def use_graph(self) -> None:
+        """From now on steps run in a CUDA graph, for which gradients keep their addresses."""
+        self.graph = GraphedWork(self.device)
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)
 
     def _check_ownership(self, frozen: bool) -> None:
         owned = [p for o in self.optimizers.values() for g in o.param_groups for p in g["params"]]
