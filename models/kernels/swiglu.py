@@ -65,7 +65,7 @@ def forward_kernel(
     tl.store(h_ptr + first * J + (m[:, None] * J + n[None, :]), h.to(kind), mask=mask)
 
 
-_FORWARD = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+_FORWARD = {"BM": 128, "BN": 64, "BK": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3}
 
 
 @custom_op("loopwright::linear_swiglu", mutates_args=())
