@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import fp8
 from models.kernels import usable
 
 # Standard deviation of a unit normal truncated at ±2; dividing by it restores the asked-for one.
@@ -44,9 +45,12 @@ class Linear(nn.Module):
         std = 1.0 / math.sqrt(in_features)
         self.weight = nn.Parameter(truncated_normal((out_features, in_features), std, generator))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.fp8 = False  # `build_model` sets it where the configuration and the shape allow
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) → (..., out_features)."""
+        if self.fp8:
+            return fp8.linear(x, self.weight.to(x.dtype))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -80,8 +84,9 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., features) → (..., features)."""
         features = x.shape[-1]
-        if usable("swiglu", x):
+        if usable("swiglu", x) and not self.gate_up.fp8:
             from models.kernels.swiglu import swiglu_mlp
+
 
             fused = swiglu_mlp(x, self.gate_up.weight, self.down.weight)
             if fused is not None:
@@ -94,6 +99,55 @@ class SwiGLU(nn.Module):
             return F.linear(F.silu(gate) * up, down)[..., :features]
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+
+class DepthwiseConv(nn.Module):
+    """A convolution over the tokens, each feature by itself; zeros stand beyond both ends.
+
+    Of `kernel` = 2 taps a token sees the one before it and itself; of 3, a neighbour either side.
+    """
+
+    def __init__(
+        self, features: int, kernel: int, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(kernel)  # uniform, as torch initializes convolutions
+        weight, bias = torch.empty(features, 1, kernel), torch.empty(features)
+        self.weight = nn.Parameter(weight.uniform_(-bound, bound, generator=generator))
+        self.bias = nn.Parameter(bias.uniform_(-bound, bound, generator=generator))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        taps = self.weight.to(x_BLD.dtype).squeeze(1).unbind(-1)  # each (D,)
+        before, length = len(taps) // 2, x_BLD.shape[1]
+        # a sum of shifted copies needs no transposition, and a compiler fuses it
+        padded = F.pad(x_BLD, (0, 0, before, len(taps) - 1 - before))
+        y_BLD = self.bias.to(x_BLD.dtype)
+        for shift, tap in enumerate(taps):
+            y_BLD = y_BLD + tap * padded[:, shift : shift + length]
+        return y_BLD
+
+
+class ConvSwiGLU(SwiGLU):
+    """`W_down silu(conv(silu(W_gate x) ⊙ W_up x))`.
+
+    Source: Gao et al. 2025, "Universal Reasoning Model", arXiv:2512.14693.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        expansion: float,
+        kernel: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(features, expansion, generator)
+        self.conv = DepthwiseConv(self.down.weight.shape[1], kernel, generator)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        gate, up = self.gate_up(x_BLD).chunk(2, dim=-1)
+        return self.down(F.silu(self.conv(F.silu(gate) * up)))
 
 
 class RotaryTable(nn.Module):

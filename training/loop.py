@@ -98,7 +98,7 @@ class Trainer:
             if (checkpoint.folder(run.run_dir) / checkpoint.name(self.state.step)).exists():
                 self.saved_step = self.state.step
         elif isinstance(run.resume, WarmStart):
-            self.state.warm_start(run.resume)
+            self.state.warm_start(run.resume, run.dataset_path)
         self.logger = RunLogger(run, self.state.step)
         self.reports: dict[str, SetReport] = {}
         self.evaluated_step: int | None = None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models import Carry, act_loss, counter_uniform
-from optim import learning_rate
+from optim import clip_scale, learning_rate
 from training.config import RunConfig
 from training.state import TrainState
 
@@ -49,6 +49,7 @@ def load_step(state: TrainState, config: RunConfig, total_steps: int) -> None:
     for name, tensor in state.incoming.items():
         tensor.copy_(batch[name], non_blocking=True)
     state.step += 1
+    state.model.set_progress(state.step / total_steps)
     rates = learning_rates(config, state.step, total_steps)
     for name, optimizer in state.optimizers.items():
         optimizer.set_lr(rates[name])
@@ -72,9 +73,13 @@ def advance(state: TrainState, config: RunConfig) -> None:
     norm, scale = _norm_and_scale(state, config)
     finite += [torch.isfinite(norm), torch.isfinite(sum(losses))]
     bad = ~torch.stack(finite).all()
+    counted = bad
+    if state.loss_scale is not None:  # an overflow lowers the scale; it counts if that cannot help
+        counted = state.loss_scale.update(bad)
     if config.on_nonfinite == "stop":
-        bad = bad | (state.nonfinite > 0)
-    state.nonfinite += bad
+        stopped = state.nonfinite > 0
+        bad, counted = bad | stopped, counted | stopped
+    state.nonfinite += counted
     _update_weights(state, scale, bad)
     _keep(state.carry, bad, carry, _join(parts))
     with torch.no_grad():
@@ -99,7 +104,10 @@ def _forward_backward(
         puzzle_rows = puzzle_rows.detach().requires_grad_()
     part, output = state.act(part, puzzle_rows, draws[:, rows])
     loss, metrics = act_loss(part, output, config.arch.loss)
-    (loss / config.global_batch_size).backward()
+    scaled = loss / config.global_batch_size
+    if state.loss_scale is not None:
+        scaled = scaled * state.loss_scale.scale
+    scaled.backward()
     finite = torch.ones((), dtype=torch.bool, device=state.device)
     if puzzle_rows is not None:
         sparse = state.optimizers["sparse_signsgd"]
@@ -109,17 +117,21 @@ def _forward_backward(
 
 
 def _norm_and_scale(state: TrainState, config: RunConfig) -> tuple[Tensor, Tensor | None]:
-    """The norm of the weights' gradients, and what they are divided by to clip it."""
+    """The norm of the weights' gradients, and what they are divided by to unscale and clip them."""
     optimizer = state.optimizers.get(config.optim.name)
     if optimizer is None:  # only puzzle embeddings are trained
         return torch.zeros((), device=state.device), None
-    norm, scale = optimizer.clip(config.grad_clip_norm)
-    return norm, scale if config.grad_clip_norm > 0 else None
+    if state.loss_scale is None:
+        norm, scale = optimizer.clip(config.grad_clip_norm)
+        return norm, scale if config.grad_clip_norm > 0 else None
+    loss_scale = state.loss_scale.scale.clone()  # which this step may change
+    norm = optimizer.clip(0)[0] / loss_scale
+    return norm, loss_scale * clip_scale(norm, config.grad_clip_norm)
 
 
 def _update_weights(state: TrainState, scale: Tensor | None, bad: Tensor) -> None:
     found_inf = bad.to(torch.float32)
-    for name, optimizer in state.optimizers.items():
+    for name, optimizer in state.optimizers.items():  # sparse_signsgd looks at signs only
         optimizer.step(grad_scale=None if name == "sparse_signsgd" else scale, found_inf=found_inf)
         optimizer.zero_grad(set_to_none=state.graph is None)
     if state.ema is not None:
