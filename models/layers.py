@@ -87,7 +87,6 @@ class SwiGLU(nn.Module):
         if usable("swiglu", x) and not self.gate_up.fp8:
             from models.kernels.swiglu import swiglu_mlp
 
-
             fused = swiglu_mlp(x, self.gate_up.weight, self.down.weight)
             if fused is not None:
                 return fused
