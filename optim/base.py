@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from optim.ema import EMA
 
 Fused = Literal["off", "auto", "on"]
+GroupStep = Callable[[Tensor | None, Tensor | None], None]  # of grad_scale, found_inf
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -184,17 +186,34 @@ class DeviceOptimizer(torch.optim.Optimizer):
         self._sync_lr()
         grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
         found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
-        work = [self._buckets(group) for group in self.param_groups]  # checks before any change
-        for group, buckets in zip(self.param_groups, work, strict=True):
-            for device, params in buckets.items():
-                scale, found = _scalar(grad_scale, device), _scalar(found_inf, device)
-                lr = _scalar(group["lr"], device)
-                if self._uses_kernels(device):
-                    params = self._launch(group, params, lr, scale, found)
-                if params:
-                    found = None if found is None else found != 0
-                    self._update(group, params, lr, scale, found)
+        # everything is checked before anything changes
+        work = [
+            self._ready(i, group) or partial(self._group_step, group, self._buckets(group))
+            for i, group in enumerate(self.param_groups)
+        ]
+        for group_step in work:
+            group_step(grad_scale, found_inf)
         return loss
+
+    def _ready(self, index: int, group: dict[str, Any]) -> GroupStep | None:
+        """The step of a group at once, where all checks of the last one still hold."""
+        return None
+
+    def _group_step(
+        self,
+        group: dict[str, Any],
+        buckets: dict[torch.device, list[Tensor]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        for device, params in buckets.items():
+            scale, found = scalar(grad_scale, device), scalar(found_inf, device)
+            lr = scalar(group["lr"], device)
+            if self._uses_kernels(device):
+                params = self._launch(group, params, lr, scale, found)
+            if params:
+                found = None if found is None else found != 0
+                self._update(group, params, lr, scale, found)
 
     def _buckets(self, group: dict[str, Any]) -> dict[torch.device, list[Tensor]]:
         """The parameters of a group that have a gradient, by device."""
@@ -320,7 +339,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
             hook(self)
 
 
-def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
+def scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
     """A one-element tensor as 0-dim on `device`."""
     if value is None or (value.ndim == 0 and value.device == device and not value.requires_grad):
         return value

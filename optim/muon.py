@@ -192,9 +192,10 @@ class Muon(AdamLike):
     # The half that is Adam
 
     def _kernel_rule(self, group: dict[str, Any]) -> tuple[str, dict[str, float]]:
+        scale = {"lr_scale": group["adam_lr_scale"]}
         if group["adam"] == "adamw":
-            return "adamw", {"eps": group["eps"]}
-        return "atan2_outside", {}
+            return "adamw", {"eps": group["eps"], **scale}
+        return "atan2_outside", scale
 
     def _launch(
         self,
@@ -206,7 +207,7 @@ class Muon(AdamLike):
     ) -> list[Tensor]:
         if group["kind"] == "muon":
             return params
-        return super()._launch(group, params, _adam_lr(group, lr), grad_scale, found_inf)
+        return super()._launch(group, params, lr, grad_scale, found_inf)
 
     def _rule(
         self,
