@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from optim.checks import check_grad, check_lr, check_options, check_param, match_groups
 from optim.clip import clip_scale, global_grad_norm
@@ -159,7 +160,6 @@ class DeviceOptimizer(torch.optim.Optimizer):
 
     # The step
 
-    @torch.no_grad()
     def step(
         self,
         closure: Callable[[], float] | None = None,
@@ -179,6 +179,21 @@ class DeviceOptimizer(torch.optim.Optimizer):
         Returns:
             What the closure returned, if there is one.
         """
+        if _observed(self):
+            return self._profiled_step(closure, grad_scale=grad_scale, found_inf=found_inf)
+        return self._plain_step(closure, grad_scale=grad_scale, found_inf=found_inf)
+
+    # torch would wrap `step` in what its hooks and its profiler need; that takes longer than all
+    # the rest here, so it is done only where there is one.
+    step.hooked = True
+
+    def _plain_step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -195,10 +210,13 @@ class DeviceOptimizer(torch.optim.Optimizer):
             group_step(grad_scale, found_inf)
         return loss
 
+    _profiled_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
+
     def _ready(self, index: int, group: dict[str, Any]) -> GroupStep | None:
         """The step of a group at once, where all checks of the last one still hold."""
         return None
 
+    @torch.no_grad()
     def _group_step(
         self,
         group: dict[str, Any],
@@ -337,6 +355,17 @@ class DeviceOptimizer(torch.optim.Optimizer):
         self._sync_lr()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+
+def _observed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a profiler or a hook wants to see the step."""
+    return bool(
+        torch.autograd._profiler_enabled()
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
 
 
 def scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
