@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from optim.kernels.table import addresses_of
 if TYPE_CHECKING:
     from optim.ema import EMA
     from optim.kernels.launch import AdamLaunch
+    from optim.kernels.muon_launch import MuonLaunch
 
 _NO_OPTIONS = ("params", "lr", "param_names")
 
@@ -25,7 +27,7 @@ class Bucket:
 
     params: list[Tensor]
     names: frozenset[str]
-    launch: AdamLaunch
+    launch: AdamLaunch | MuonLaunch
 
     def __post_init__(self) -> None:
         self.dtypes = [p.dtype for p in self.params]
@@ -128,11 +130,7 @@ class AdamLike(DeviceOptimizer):
     ) -> list[Tensor]:
         from optim.kernels.launch import numbers
 
-        plans: dict[tuple[int, ...], Plan] = self.__dict__.setdefault("_plans", {})
-        key = tuple(map(id, params))
-        if key not in plans or not plans[key].holds(self.ema):
-            plans[key] = self._plan(params)
-        plan = plans[key]
+        plan = self._plan_of(params, self._plan)
         rule, extra = self._kernel_rule(group)
         for bucket in plan.buckets:
             if bucket.names:
@@ -142,6 +140,14 @@ class AdamLike(DeviceOptimizer):
             bucket.launch.run(grads, rule, values, lr, grad_scale, found_inf)
         self._remember(group, plan, lr)
         return plan.rest
+
+    def _plan_of(self, params: list[Tensor], make: Callable[[list[Tensor]], Plan]) -> Plan:
+        """The plan of these parameters, made where there is none or it does not hold any more."""
+        plans: dict[tuple[int, ...], Plan] = self.__dict__.setdefault("_plans", {})
+        key = tuple(map(id, params))
+        if key not in plans or not plans[key].holds(self.ema):
+            plans[key] = make(params)
+        return plans[key]
 
     def _remember(self, group: dict[str, Any], plan: Plan, lr: Tensor) -> None:
         """Let `_ready` repeat this step, if all of the group's gradients were in it."""
@@ -157,9 +163,22 @@ class AdamLike(DeviceOptimizer):
             last[index] = Last(group, *fixed)
 
     def _plan(self, params: list[Tensor]) -> Plan:
-        """Buckets of a dtype, with or without a shadow that the kernel can move; and the rest."""
-        from optim.kernels.launch import DTYPES, AdamLaunch, supported
+        """The buckets that one launch each takes, and the rest."""
+        from optim.kernels.launch import AdamLaunch, supported
 
+        buckets = [
+            Bucket(some, names, AdamLaunch(some, [self.state[p] for p in some], shadows))
+            for some, names, shadows in self._split([p for p in params if supported(p)])
+        ]
+        return Plan(params, self.ema, buckets, [p for p in params if not supported(p)])
+
+    def _split(
+        self, params: list[Tensor]
+    ) -> Iterator[tuple[list[Tensor], frozenset[str], list[Tensor]]]:
+        """By dtype, and by whether a launch can move the shadow too: (parameters, names, shadows).
+
+        Names and shadows are those of the attached EMA, empty where it does not move them.
+        """
         names = {} if self.ema is None else {id(p): n for n, p in self.ema.params.items()}
         shadows: dict[int, Tensor] = {}
         for p in params:
@@ -168,17 +187,15 @@ class AdamLike(DeviceOptimizer):
                 wanted = (torch.float32, p.stride(), p.device)
                 if (shadow.dtype, shadow.stride(), shadow.device) == wanted:
                     shadows[id(p)] = shadow
-        buckets = []
-        for dtype in DTYPES:
-            for shadowed in (True, False):
-                some = [p for p in params if p.dtype == dtype and supported(p)]
-                some = [p for p in some if (id(p) in shadows) == shadowed]
-                if some:
-                    own = [shadows[id(p)] for p in some] if shadowed else None
-                    launch = AdamLaunch(some, [self.state[p] for p in some], own)
-                    moved = frozenset(names[id(p)] for p in some) if shadowed else frozenset()
-                    buckets.append(Bucket(some, moved, launch))
-        return Plan(params, self.ema, buckets, [p for p in params if not supported(p)])
+        for dtype in dict.fromkeys(p.dtype for p in params):
+            some = [p for p in params if p.dtype == dtype]
+            moved = [p for p in some if id(p) in shadows]
+            left = [p for p in some if id(p) not in shadows]
+            if moved:
+                own = [shadows[id(p)] for p in moved]
+                yield moved, frozenset(names[id(p)] for p in moved), own
+            if left:
+                yield left, frozenset(), []
 
 
 def same_order(grad: Tensor, p: Tensor) -> Tensor:

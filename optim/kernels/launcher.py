@@ -1,11 +1,17 @@
-"""One kernel on one device, launched again and again with little of Triton's Python in between."""
+"""Kernels launched again and again with little of Triton's Python in between.
+
+Triton's own way from a call to a launch (binding, specialization, cache key) takes several times as
+long as the launch. It is gone once; then the compiled kernel is called with addresses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -14,10 +20,8 @@ from triton.runtime import driver
 class Launcher:
     """A kernel whose first parameters are tensors that may change, and whose others do not.
 
-    Triton's own way from a call to a launch (binding, specialization, cache key) takes several
-    times as long as the launch. It is gone once for each tuple of dtypes of the changing tensors;
-    then the compiled kernel is called with their addresses. So a kernel must not be specialized on
-    the alignment of its changing parameters: name them in `do_not_specialize_on_alignment`.
+    It is compiled once for each tuple of dtypes of the changing tensors. So it must not be
+    specialized on their alignment: name them in `do_not_specialize_on_alignment`.
 
     Args:
         kernel: a function of `triton.jit`.
@@ -58,15 +62,73 @@ class Launcher:
             done = self.kernel[self.grid](*changing, **self.fixed, **self.options)
             self.compiled[dtypes] = done
             return
-        stream = driver.active.get_current_stream(self.device.index)
-        addresses = [t.data_ptr() for t in changing]
-        done.run(
-            *self.grid, stream, done.function, done.packed_metadata, None, None, None,
-            *addresses, *self.tail,
-        )  # fmt: skip
+        _run(done, self.grid, self.device, [*[t.data_ptr() for t in changing], *self.tail])
+
+
+def unspecialized(function: Any) -> Any:
+    """`triton.jit` of a function for `Kernel`: compiled for dtypes and constants, for no values."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if "constexpr" not in str(p.annotation)]
+    return triton.jit(do_not_specialize=[n for n in names if not n.endswith("_desc")])(function)
+
+
+class Kernel:
+    """An `unspecialized` kernel, launched with any arguments.
+
+    Args:
+        kernel: the function.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        device: torch.device,
+        arguments: Sequence[Any],
+        constants: Mapping[str, Any],
+        **options: Any,
+    ) -> None:
+        """Launch on the current stream of `device`, which must be the current device.
+
+        Args:
+            grid: one to three numbers of programs.
+            device: of every tensor.
+            arguments: tensors, tensor descriptors and numbers, in the order of the kernel.
+            constants: its constants.
+            options: of the compilation.
+        """
+        if device.type != "cuda":  # the interpreter
+            self.kernel[grid](*arguments, **constants, **options)
+            return
+        kinds = tuple([_kind(x) for x in arguments])
+        key = (device.index, kinds, *constants.values(), *options.values())
+        done = self.compiled.get(key)
+        if done is None or _hooked():
+            self.compiled[key] = self.kernel[grid](*arguments, **constants, **options)
+            return
+        values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        _run(done, (*grid, 1, 1)[:3], device, [*values, *constants.values()])
+
+
+def _kind(x: Any) -> Any:
+    """What of an argument a compilation depends on."""
+    if isinstance(x, Tensor):
+        return x.dtype
+    if isinstance(x, (int, float)):
+        return type(x), isinstance(x, int) and x >= 1 << 31
+    return (x.base.dtype, *x.block_shape)
+
+
+def _run(done: Any, grid: tuple[int, ...], device: torch.device, values: list[Any]) -> None:
+    """What `JITFunction.run` does in the end."""
+    stream = driver.active.get_current_stream(device.index)
+    done.run(*grid, stream, done.function, done.packed_metadata, None, None, None, *values)
 
 
 def _hooked() -> bool:
     """Whether a profiler has asked Triton to report launches."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # or None
-    return any([getattr(hook, "calls", hook) for hook in hooks])
+    return any(getattr(hook, "calls", hook) for hook in hooks)

@@ -9,12 +9,13 @@ per input.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from optim.kernels.launcher import unspecialized
 
-@triton.jit
+
+@unspecialized
 def symmetric_tma_kernel(
     x_desc,
     y_desc,
@@ -27,6 +28,7 @@ def symmetric_tma_kernel(
     alpha,
     beta,
     gamma,
+    delta,
     x_slots,
     x_first,
     x_step,
@@ -46,7 +48,7 @@ def symmetric_tma_kernel(
     FLATTEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out = alpha * x yᵀ + beta * x, which must be symmetric; second = out + gamma * I.
+    """out = alpha * x yᵀ + beta * x, which must be symmetric; second = delta * out + gamma * I.
 
     x, y: (M, K) per product, read by tensor descriptors; with HAS_ADD x is (M, M). Only tiles that
     touch the lower triangle are computed; `order` (tiles,) lists them as `row << 16 | column`.
@@ -90,13 +92,13 @@ def symmetric_tma_kernel(
             if HAS_SECOND:
                 lanes = tl.arange(0, BM)
                 unit = (row + lanes[:, None] == at + lanes[None, :]).to(tl.float32)
-                out = (value + gamma * unit).to(out_desc.dtype)
+                out = (delta * value + gamma * unit).to(out_desc.dtype)
                 shift = (second - out_first) * M
                 out_desc.store([tl.where(at <= row, below + shift, OUTSIDE), at], out)
                 out_desc.store([tl.where(at < row, mirror + shift, OUTSIDE), row], out.T)
 
 
-@triton.jit
+@unspecialized
 def update_tma_kernel(
     p_desc,
     x_desc,
@@ -148,7 +150,7 @@ def update_tma_kernel(
         out_desc.store([base + row, col + HALF], high.to(out_desc.dtype))
 
 
-@triton.jit
+@unspecialized
 def symmetric_kernel(
     x_ptr,
     y_ptr,
@@ -159,6 +161,7 @@ def symmetric_kernel(
     alpha,
     beta,
     gamma,
+    delta,
     x_slots,
     x_first,
     x_step,
@@ -179,6 +182,9 @@ def symmetric_kernel(
 
     Grid (tiles, products).
     """
+    M, K = tl.multiple_of(M, 16), tl.multiple_of(K, 16)
+    x_ptr, y_ptr = tl.multiple_of(x_ptr, 16), tl.multiple_of(y_ptr, 16)
+    out_ptr = tl.multiple_of(out_ptr, 16)
     b = tl.program_id(1) // pair
     j = tl.program_id(1) % pair
     where = tl.load(order + tl.program_id(0))
@@ -210,7 +216,7 @@ def symmetric_kernel(
     tl.store(mirror, out.T, mask=above)
     if HAS_SECOND:
         unit = (rows[:, None] == columns[None, :]).to(tl.float32)
-        out = (acc + gamma * unit).to(out_ptr.dtype.element_ty)
+        out = (delta * acc + gamma * unit).to(out_ptr.dtype.element_ty)
         shift = (second - out_first).to(tl.int64) * M * M
         tl.store(at + shift, out, mask=below)
         tl.store(mirror + shift, out.T, mask=above)
