@@ -238,7 +238,7 @@ class Muon(AdamLike):
         for bucket in plan.buckets:
             rate = self.ema.begin_fused(bucket.names) if bucket.names else 1.0
             options = Options(
-                *(group["momentum"], group["nesterov"], group["weight_decay"]),
+                *(float(group["momentum"]), group["nesterov"], float(group["weight_decay"])),
                 *(tuple(rows), safety, 1.0 - rate),
             )
             grads = [same_order(p.grad, p) for p in bucket.params]

@@ -6,12 +6,10 @@ long as the launch. It is gone once; then the compiled kernel is called with add
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -65,18 +63,11 @@ class Launcher:
         _run(done, self.grid, self.device, [*[t.data_ptr() for t in changing], *self.tail])
 
 
-def unspecialized(function: Any) -> Any:
-    """`triton.jit` of a function for `Kernel`: compiled for dtypes and constants, for no values."""
-    parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if "constexpr" not in str(p.annotation)]
-    return triton.jit(do_not_specialize=[n for n in names if not n.endswith("_desc")])(function)
-
-
 class Kernel:
-    """An `unspecialized` kernel, launched with any arguments.
+    """A kernel launched with any arguments.
 
     Args:
-        kernel: the function.
+        kernel: a function of `triton.jit`.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -114,12 +105,12 @@ class Kernel:
 
 
 def _kind(x: Any) -> Any:
-    """What of an argument a compilation depends on."""
+    """What Triton may have specialized a kernel on."""
     if isinstance(x, Tensor):
-        return x.dtype
-    if isinstance(x, (int, float)):
-        return type(x), isinstance(x, int) and x >= 1 << 31
-    return (x.base.dtype, *x.block_shape)
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, int):
+        return x == 1, x % 16 == 0, x >= 1 << 31
+    return float if isinstance(x, float) else (x.base.dtype, *x.block_shape)
 
 
 def _run(done: Any, grid: tuple[int, ...], device: torch.device, values: list[Any]) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optim.kernels.launcher import unspecialized
-
 SIDE = 64  # of the tiles that fill and read buffers
 GAIN = 4096.0  # of float16 buffers, see ns_launch
 FIELDS = 6
@@ -42,7 +40,7 @@ def _move(g_ptr, m_ptr, left, scale, momentum, HAS_SCALE: tl.constexpr, NESTEROV
     return tl.sum(u * u)
 
 
-@unspecialized
+@triton.jit
 def momentum_kernel(
     addresses,
     scale_ptr,
@@ -112,7 +110,7 @@ def store_tile(tile, out, r, c, length, tall, half, WIDE: tl.constexpr):
         tl.store(out.to(tl.pointer_type(tl.bfloat16)) + at, tile.to(tl.bfloat16))
 
 
-@unspecialized
+@triton.jit
 def gather_kernel(
     addresses,
     scale_ptr,
@@ -168,7 +166,7 @@ def gather_kernel(
     store_tile(u, out, r, c, length, tall != 0, half != 0, WIDE)
 
 
-@unspecialized
+@triton.jit
 def apply_kernel(
     addresses,
     lr_ptr,
@@ -242,13 +240,9 @@ def apply_kernel(
                 tl.store(step_ptr, tl.load(step_ptr) + 1.0)
 
 
-@unspecialized
-def squares_kernel(
-    x, partials, size, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
-):
+@triton.jit
+def squares_kernel(x, partials, size, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """partials (matrices, programs): the squares of a matrix of `size` numbers, by parts."""
-    if ALIGNED:
-        x, size = tl.multiple_of(x, 16), tl.multiple_of(size, 16)
     start = tl.program_id(1).to(tl.int64) * size
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -260,7 +254,7 @@ def squares_kernel(
     tl.store(partials + part, tl.sum(total))
 
 
-@unspecialized
+@triton.jit(do_not_specialize=["rows", "tiles", "parts"])
 def fill_kernel(
     x,
     partials,
@@ -276,16 +270,12 @@ def fill_kernel(
     TALL: tl.constexpr,
     HALF: tl.constexpr,
     WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr,
     SIDE: tl.constexpr,
 ):
     """Write a batch x (matrices, rows, columns), each divided by its norm, to a padded buffer.
 
     Grid (row tiles * `tiles`, matrices); `matrix` numbers of the buffer per matrix.
     """
-    length = tl.multiple_of(length, 16)
-    if ALIGNED:
-        x, columns = tl.multiple_of(x, 16), tl.multiple_of(columns, 16)
     b = tl.program_id(1).to(tl.int64)
     r = (tl.program_id(0) // tiles) * SIDE + tl.arange(0, SIDE)
     c = (tl.program_id(0) % tiles) * SIDE + tl.arange(0, SIDE)

@@ -70,7 +70,7 @@ def normalize(matrix: Tensor, x: Tensor, safety: float, gain: float, tall: bool)
         (parts, batch),
         matrix.device,
         (matrix, partials, size),
-        {"WIDTH": width, "BLOCK": BLOCK, "ALIGNED": size % 16 == 0 and _aligned(matrix)},
+        {"WIDTH": width, "BLOCK": BLOCK},
         num_warps=8,
     )
     down, across = (x.shape[2], x.shape[1]) if tall else x.shape[1:]
@@ -79,13 +79,8 @@ def normalize(matrix: Tensor, x: Tensor, safety: float, gain: float, tall: bool)
         "TALL": tall,
         "HALF": x.dtype == torch.float16,
         "WIDE": x.dtype == torch.float32,
-        "ALIGNED": columns % 16 == 0 and _aligned(matrix),
         "SIDE": SIDE,
     }
     numbers = (rows, columns, tiles, parts, x[0].numel(), x.shape[2], safety, gain)
     grid = (down // SIDE * tiles, batch)
     _fill(grid, matrix.device, (matrix, partials, x, *numbers), constants, num_warps=4)
-
-
-def _aligned(matrix: Tensor) -> bool:
-    return matrix.data_ptr() % 16 == 0

@@ -9,13 +9,18 @@ per input.
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from optim.kernels.launcher import unspecialized
+# Numbers no kernel is compiled anew for.
+PLACES = [
+    *("tiles", "x_slots", "x_first", "x_step", "y_slots", "y_first", "out_slots", "out_first"),
+    *("out_step", "second", "pair", "total", "rows", "columns", "p_slots", "p_first"),
+]
 
 
-@unspecialized
+@triton.jit(do_not_specialize=PLACES)
 def symmetric_tma_kernel(
     x_desc,
     y_desc,
@@ -98,7 +103,7 @@ def symmetric_tma_kernel(
                 out_desc.store([tl.where(at < row, mirror + shift, OUTSIDE), row], out.T)
 
 
-@unspecialized
+@triton.jit(do_not_specialize=PLACES)
 def update_tma_kernel(
     p_desc,
     x_desc,
@@ -150,7 +155,7 @@ def update_tma_kernel(
         out_desc.store([base + row, col + HALF], high.to(out_desc.dtype))
 
 
-@unspecialized
+@triton.jit(do_not_specialize=PLACES)
 def symmetric_kernel(
     x_ptr,
     y_ptr,
@@ -182,9 +187,6 @@ def symmetric_kernel(
 
     Grid (tiles, products).
     """
-    M, K = tl.multiple_of(M, 16), tl.multiple_of(K, 16)
-    x_ptr, y_ptr = tl.multiple_of(x_ptr, 16), tl.multiple_of(y_ptr, 16)
-    out_ptr = tl.multiple_of(out_ptr, 16)
     b = tl.program_id(1) // pair
     j = tl.program_id(1) % pair
     where = tl.load(order + tl.program_id(0))
