@@ -84,11 +84,12 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., features) → (..., features)."""
         features = x.shape[-1]
-        fusible = features % 8 == 0 and not self.gate_up.fp8
-        if not torch.is_grad_enabled() and fusible and usable("swiglu", x):
-            from models.kernels.swiglu import linear_swiglu
+        if usable("swiglu", x) and not self.gate_up.fp8:
+            from models.kernels.swiglu import swiglu_mlp
 
-            return self.down(linear_swiglu(x.contiguous(), self.gate_up.weight.to(x.dtype)))
+            fused = swiglu_mlp(x, self.gate_up.weight, self.down.weight)
+            if fused is not None:
+                return fused
         excess = -features % 8 if x.is_cuda else 0
         if excess:  # rows of 16 bytes: unaligned products run at a third of the speed
             gate_up = F.pad(self.gate_up.weight.to(x.dtype), (0, excess))

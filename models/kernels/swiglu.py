@@ -1,20 +1,25 @@
 # ruff: noqa: ANN001, ANN201  (arguments of Triton functions have no Python types)
-"""SwiGLU in the product's epilogue, for passes without gradient: h = silu(x Wgᵀ) ⊙ (x Wuᵀ).
+"""The SwiGLU MLP with its elementwise part in the products' epilogues.
+
+    gate, up = x Wguᵀ;  h = silu(gate) ⊙ up;  y = h Wdᵀ
 
 Unfused, the 2·inner wide product is written, read again and reduced to `inner` by a pass of its
-own; here a program holds the gate's and the up's tile of the same columns and writes h at once.
-(With gradient gate and up must be written anyway, and this product, which reaches three quarters
-of cuBLAS's rate, gains nothing.)
+own. On Hopper GPUs both directions go through `models.kernels.hopper`: the forward pass saves gate
+and up, and the backward forms h anew while it has them in hand. Elsewhere there is a kernel in
+Triton for passes without gradient only: with gradient gate and up must be written anyway, and that
+product, at three quarters of cuBLAS's rate, gains nothing.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
+from models.kernels import hopper
 from models.kernels.launch import fast, precision, sigmoid
 
 
@@ -65,7 +70,7 @@ def forward_kernel(
     tl.store(h_ptr + first * J + (m[:, None] * J + n[None, :]), h.to(kind), mask=mask)
 
 
-_FORWARD = {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+_FORWARD = {"BM": 128, "BN": 64, "BK": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3}
 
 
 @custom_op("loopwright::linear_swiglu", mutates_args=())
@@ -92,3 +97,92 @@ def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
 @linear_swiglu.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+
+
+@custom_op("loopwright::swiglu_mlp", mutates_args=())
+def _mlp(x: Tensor, gate_up: Tensor, down: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """y (..., K) and, if `save`, gate | up (..., 2 J)."""
+    h, wide = hopper.linear_swiglu(x, gate_up, save)
+    return F.linear(h, down), x.new_empty(1) if wide is None else wide
+
+
+@_mlp.register_fake
+def _(x: Tensor, gate_up: Tensor, down: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    wide = (*x.shape[:-1], gate_up.shape[0]) if save else (1,)
+    return x.new_empty((*x.shape[:-1], down.shape[0])), x.new_empty(wide)
+
+
+@custom_op("loopwright::swiglu_mlp_backward", mutates_args=())
+def _mlp_backward(
+    x: Tensor, wide: Tensor, dy: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (..., K), and in float32 d gate_up (2 J, K), d down (K, J)."""
+    dwide, h = hopper.linear_dswiglu(dy, down.t().contiguous(), wide)
+    rows = (t.view(-1, t.shape[-1]) for t in (dwide, x, dy, h))
+    dwide_MJ, x_MK, dy_MK, h_MJ = rows
+    dx = dwide_MJ @ gate_up
+    dgate_up = torch.mm(dwide_MJ.t(), x_MK, out_dtype=torch.float32)
+    return dx.view(x.shape), dgate_up, torch.mm(dy_MK.t(), h_MJ, out_dtype=torch.float32)
+
+
+@_mlp_backward.register_fake
+def _(
+    x: Tensor, wide: Tensor, dy: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x),
+        gate_up.new_empty(gate_up.shape, dtype=torch.float32),
+        down.new_empty(down.shape, dtype=torch.float32),
+    )
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gate_up, down):
+        weights = gate_up.to(x.dtype), down.to(x.dtype)
+        y, wide = _mlp(x, *weights, True)
+        ctx.save_for_backward(x, wide, *weights)
+        ctx.kinds = gate_up.dtype, down.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, wide, *weights = ctx.saved_tensors
+        dx, dgate_up, ddown = _mlp_backward(x, wide, dy.contiguous(), *weights)
+        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1])
+
+
+def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor | None:
+    """W_down(silu(W_gate x) ⊙ W_up x), or None where no kernel takes these.
+
+    Args:
+        x: (..., K).
+        gate_up: (2 J, K), the gate's rows first.
+        down: (K, J).
+
+    Returns:
+        (..., K) in the dtype of x. Sums are float32; rounded to the dtype of x are the weights,
+        h, the result, and gate and up for the backward; the weights' gradients are not rounded.
+    """
+    graded = torch.is_grad_enabled()
+    if hopper_takes(x, gate_up, down):
+        x = x.contiguous()
+        if graded:
+            return _MLP.apply(x, gate_up, down)
+        return _mlp(x, gate_up.to(x.dtype), down.to(x.dtype), False)[0]
+    if graded or x.shape[-1] % 8:
+        return None
+    return F.linear(linear_swiglu(x.contiguous(), gate_up.to(x.dtype)), down.to(x.dtype))
+
+
+def hopper_takes(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether `models.kernels.hopper` takes both products: by device, dtype and shapes."""
+    widths = (gate_up.shape[1], gate_up.shape[0] // 2, down.shape[0])
+    if x.dtype != torch.bfloat16 or not x.is_cuda or any(w % 128 for w in widths):
+        return False
+    return _on_hopper(x.device.index) and x.numel() < x.shape[-1] * 2**26
+
+
+@torch.compiler.assume_constant_result
+def _on_hopper(device: int) -> bool:
+    return hopper.available(device)
