@@ -185,6 +185,8 @@ class Trainer:
         rates = learning_rates(config, state.step, run.total_steps)
         metrics |= {"train/lr": rates[config.optim.name]}
         metrics |= {"examples_per_second": rows / elapsed, "train_seconds": self.seconds}
+        if state.loss_scale is not None:
+            metrics |= {"loss_scale": float(state.loss_scale.scale)}
         metrics |= {"nonfinite_steps": nonfinite, "epoch": state.step * config.global_batch_size
                     / run.info.num_train_examples}  # fmt: skip
         self.logger.log(state.step, metrics)
