@@ -24,6 +24,7 @@ HUB = "hf:"
 METADATA = "loopwright"  # of a .safetensors file: JSON of {"arch", "dims"}
 KINDS = "a .safetensors file or a torch file that holds tensors only"
 _HARMLESS = ("torch", "collections OrderedDict", "numpy")  # beginnings of what tensors need
+_TEXTS = {".md", ".txt", ".json", ".yaml", ".yml", ".py", ".csv", ".png", ".jpg"}
 _SAVED = re.compile(r"step_(\d+)(\.pt)?$")  # as the ancestors name their files
 
 
@@ -159,7 +160,7 @@ def newest_file(folder: Path) -> Path | None:
 def from_hub(text: str) -> Path:
     """Download `hf:owner/name` or `hf:owner/name/file` and what lies beside it; the file's path.
 
-    Without a file's name, the repository's only `.safetensors` file or the last `step_N` is taken.
+    Without a file's name it must be plain which is meant, see `_choose`.
     """
     owner, _, rest = text.removeprefix(HUB).partition("/")
     name, _, wanted = rest.partition("/")
@@ -188,12 +189,16 @@ def from_hub(text: str) -> Path:
         raise ModelError(f"{text} cannot be downloaded: {reason}") from None
 
 
-def _choose(text: str, files: list[str]) -> str:
-    safe = [f for f in files if f.endswith(".safetensors")]
+def _choose(text: str, names: list[str]) -> str:
+    """The file that must be meant: the only .safetensors, the last step_N, the only binary one."""
+    safe = [f for f in names if f.endswith(".safetensors")]
+    saved = [(int(m[1]), f) for f in names if (m := _SAVED.match(f.rpartition("/")[2]))]
+    binary = [f for f in names if Path(f).suffix not in _TEXTS and not Path(f).name.startswith(".")]
     if len(safe) == 1:
         return safe[0]
-    saved = [(int(m[1]), f) for f in files if (m := _SAVED.match(f.rpartition("/")[2]))]
-    if not saved:
-        shown = ", ".join((safe or files)[:8]) or "nothing"
-        raise ModelError(f"{text}: name a file of it, as in {text}/FILE; it holds {shown}")
-    return max(saved)[1]
+    if saved:
+        return max(saved)[1]
+    if len(binary) == 1:
+        return binary[0]
+    shown = ", ".join((safe or binary or names)[:8]) or "nothing"
+    raise ModelError(f"{text}: name a file of it, as in {text}/FILE; it holds {shown}")

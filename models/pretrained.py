@@ -210,7 +210,8 @@ def describe_file(path: Path, weights: str = "ema") -> Described:
     try:
         name, fields, dims = describe(tensors, files.reference_config(path))
     except (KeyError, ValidationError) as error:
-        raise ModelError(f"{path} belongs to no model known here: {error.args[0]}") from None
+        reason = error.args[0] if error.args else str(error).splitlines()[1]
+        raise ModelError(f"{path} belongs to no model known here: {reason}") from None
     return name, fields, dims, tensors
 
 
