@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data.errors import DataError
 from data.format import FORMAT_VERSION, dataset_info
+from data.hub import PREFIX, download
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,12 @@ def _sweep(folder: Path) -> None:
 
 
 def require_file(key: str, value: str, suffixes: tuple[str, ...]) -> Path:
-    """Check that `value`, given for `data.<key>`, is a readable, non-empty file of a known kind."""
+    """Check that `value`, given for `data.<key>`, is a readable, non-empty file of a known kind.
+
+    A file on the hub is downloaded.
+    """
+    if value.startswith(PREFIX):
+        value = download(key, value)
     path = Path(value).expanduser()
     if path.is_dir():
         raise DataError(f"data.{key}={value} is a folder; give a file ({' or '.join(suffixes)}).")

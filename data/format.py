@@ -9,7 +9,7 @@
     PATH/{train,test}/{set}__ratings.npy          (examples,) int32 difficulty; optional, ours
 
 A group is what belongs together (a task with its variants on disk); one epoch visits every group
-once. Our extras in dataset.json: `"loopwright": {"format", "fingerprint", "augmentation",
+once. Our extras in dataset.json: `"loopwright": {"format", "fingerprint", "augmentation", "task",
 "source"}`. Everything here is NumPy only; nothing is unpickled.
 """
 
@@ -86,8 +86,10 @@ def read_dataset(path: str | Path, split: str, *, verify: bool = True) -> Puzzle
         ignore_label_id=meta.ignore_label_id,
         blank_identifier_id=meta.blank_identifier_id,
         fingerprint=_fingerprint(path, meta),
-        augmentation=_augmentation(path, split, meta),
+        augmentation=_named(path, split, meta, "augmentation"),
         sets=sets,
+        task=_named(path, split, meta, "task"),
+        path=path,
     )
 
 
@@ -126,6 +128,7 @@ def dataset_info(path: str | Path) -> DatasetInfo:
         augmentation=train.augmentation,
         fingerprint=train.fingerprint,
         source=_read_metadata(Path(path), train.split).loopwright.get("source"),
+        task=train.task,
     )
 
 
@@ -165,11 +168,11 @@ def _read_metadata(path: Path, split: str) -> Metadata:
     return meta
 
 
-def _augmentation(path: Path, split: str, meta: Metadata) -> dict[str, Any] | None:
-    spec = meta.loopwright.get("augmentation")
+def _named(path: Path, split: str, meta: Metadata, key: str) -> dict[str, Any] | None:
+    spec = meta.loopwright.get(key)
     if spec is not None and not (isinstance(spec, dict) and isinstance(spec.get("name"), str)):
         raise DataError(
-            f"{path / split / 'dataset.json'}: loopwright.augmentation must be null or an object "
+            f"{path / split / 'dataset.json'}: loopwright.{key} must be null or an object "
             "with a name."
         )
     return spec
@@ -305,6 +308,7 @@ def write_dataset(path: str | Path, dataset: PuzzleDataset, *, source: str | Non
             "format": FORMAT_VERSION,
             "fingerprint": dataset.fingerprint,
             "augmentation": dataset.augmentation,
+            "task": dataset.task,
             "source": source,
         },
     }

@@ -1,6 +1,7 @@
 """A dataset in memory: arrays of token grids in puzzles and groups, and what a run asks of it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class DatasetInfo(BaseModel):
     augmentation: dict[str, Any] | None
     fingerprint: str
     source: str | None
+    task: dict[str, Any] | None = None  # what the tokens are, which decides the scoring
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class PuzzleDataset:
     fingerprint: str
     augmentation: dict[str, Any] | None
     sets: dict[str, PuzzleSet]
+    task: dict[str, Any] | None = None
+    path: Path | None = None  # where it was read from
 
     @property
     def rows_per_epoch(self) -> int:

@@ -1,0 +1,71 @@
+"""Files of the public hub of data sets: `hub:OWNER/NAME/FILE`, downloaded once by huggingface_hub.
+
+Nothing here is needed for local files, and the package is optional.
+"""
+
+import importlib.util
+import logging
+import re
+
+from data.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "hub:"
+_FORM = re.compile(r"hub:([\w.\-]+/[\w.\-]+)/([\w./\-]+)")
+_WAIT_SECONDS = 10
+
+
+def _parse(key: str, value: str) -> tuple[str, str]:
+    match = _FORM.fullmatch(value)
+    if match is None:
+        raise DataError(f"data.{key}={value} must be of the form hub:OWNER/NAME/FILE.")
+    return match[1], match[2]
+
+
+def _require_package(key: str, value: str) -> None:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise DataError(
+            f"data.{key}={value} needs the package huggingface_hub; install it, or download the "
+            f"file yourself and give its path as data.{key}."
+        )
+
+
+def is_cached(key: str, value: str) -> bool:
+    """Whether a file can be read now: it is local, or was downloaded before.
+
+    Raises:
+        DataError: a hub address of a wrong form, or the package is missing.
+    """
+    if not value.startswith(PREFIX):
+        return True
+    repository, name = _parse(key, value)
+    _require_package(key, value)
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, name, repo_type="dataset"), str)
+
+
+def download(key: str, value: str) -> str:
+    """Path of a hub file in huggingface_hub's cache, downloaded if it is not there.
+
+    Raises:
+        DataError: no network, no such file, no package; says how to use a local file instead.
+    """
+    repository, name = _parse(key, value)
+    _require_package(key, value)
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, name, repo_type="dataset")
+    if isinstance(cached, str):
+        return cached
+    logger.info("downloading %s of the hub's data set %s", name, repository)
+    try:
+        return hf_hub_download(repository, name, repo_type="dataset", etag_timeout=_WAIT_SECONDS)
+    except Exception as error:  # its many kinds of errors say the same: there is no file
+        reason = str(error).strip().splitlines()
+        raise DataError(
+            f"data.{key}={value} cannot be downloaded ({type(error).__name__}: "
+            f"{(reason[0] if reason else 'no reason given')[:200].rstrip('.')}); download {name} "
+            f"of the data set {repository} elsewhere and give its path as data.{key}=PATH."
+        ) from None
