@@ -12,6 +12,7 @@ from data.config import DatasetConfig
 from data.errors import DataError
 from data.folder import FolderConfig
 from data.format import dataset_info, read_dataset, write_dataset
+from data.maze import MazeConfig
 from data.puzzles import DatasetInfo, PuzzleDataset, PuzzleSet
 from data.sudoku import SudokuConfig
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # A new dataset is one file and one line here.
 DATASETS: dict[str, type[DatasetConfig]] = {
     "sudoku": SudokuConfig,
+    "maze": MazeConfig,
     "folder": FolderConfig,
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "DatasetInfo",
     "EvalLoader",
     "FolderConfig",
+    "MazeConfig",
     "PuzzleDataset",
     "PuzzleSet",
     "SudokuConfig",
