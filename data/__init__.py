@@ -8,6 +8,7 @@ that wrong input is refused before torch is loaded.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from data.arc import ArcConfig
 from data.config import DatasetConfig
 from data.errors import DataError
 from data.folder import FolderConfig
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 DATASETS: dict[str, type[DatasetConfig]] = {
     "sudoku": SudokuConfig,
     "maze": MazeConfig,
+    "arc": ArcConfig,
     "folder": FolderConfig,
 }
 
@@ -37,6 +39,7 @@ _LAZY = {
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
+    "ArcConfig",
     "DataError",
     "DatasetConfig",
     "DatasetInfo",
