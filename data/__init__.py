@@ -15,6 +15,7 @@ from data.folder import FolderConfig
 from data.format import dataset_info, read_dataset, write_dataset
 from data.maze import MazeConfig
 from data.puzzles import DatasetInfo, PuzzleDataset, PuzzleSet
+from data.scoring import ScoredRows, build_scorer
 from data.sudoku import SudokuConfig
 
 if TYPE_CHECKING:
@@ -48,9 +49,11 @@ __all__ = [
     "MazeConfig",
     "PuzzleDataset",
     "PuzzleSet",
+    "ScoredRows",
     "SudokuConfig",
     "TrainLoader",
     "build_augmentation",
+    "build_scorer",
     "dataset_info",
     "read_dataset",
     "write_dataset",

@@ -41,7 +41,13 @@ class EvalConfig(Section):
 
     batch_size: int | None = Field(None, ge=1, le=2**20, description="null: as in training")
     max_examples: int | None = Field(None, ge=1, le=10**9, description="seeded subset of each")
+    num_aug: int | None = Field(
+        None, ge=0, le=10**9, description="augmentations that vote (ARC); null: all"
+    )
     save_predictions: bool = Field(False, description="write predictions.npz with the report")
+    add_votes: tuple[str, ...] = Field(
+        (), description="votes.npz of other checkpoints that vote, too (ARC)"
+    )
 
 
 class WandbConfig(Section):
