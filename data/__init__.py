@@ -21,6 +21,7 @@ from data.sudoku import SudokuConfig
 if TYPE_CHECKING:
     from data.augment import AUGMENTATIONS, build_augmentation
     from data.loader import EvalLoader, TrainLoader
+    from data.workers import WorkerLoader, make_train_loader
 
 # A new dataset is one file and one line here.
 DATASETS: dict[str, type[DatasetConfig]] = {
@@ -33,6 +34,8 @@ DATASETS: dict[str, type[DatasetConfig]] = {
 _LAZY = {
     "TrainLoader": "data.loader",
     "EvalLoader": "data.loader",
+    "WorkerLoader": "data.workers",
+    "make_train_loader": "data.workers",
     "AUGMENTATIONS": "data.augment",
     "build_augmentation": "data.augment",
 }
@@ -52,9 +55,11 @@ __all__ = [
     "ScoredRows",
     "SudokuConfig",
     "TrainLoader",
+    "WorkerLoader",
     "build_augmentation",
     "build_scorer",
     "dataset_info",
+    "make_train_loader",
     "read_dataset",
     "write_dataset",
 ]

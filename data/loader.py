@@ -21,6 +21,7 @@ from data.sources import IGNORED_LABEL, embedding_rows, ignore, make_source
 from data.stores import RESIDENT_BYTES, TokenStore, WindowStore, to_device
 
 _SUBSET, _MIXTURE, _VOTES = 0x04, 0x06, 0x07  # streams of the hash
+_BLOCK_TOKENS = 1 << 22  # of inputs, in batches that are made together on a GPU
 _PATTERN = 4096  # rows after which the pattern of a mixture comes again
 
 
@@ -64,6 +65,9 @@ class TrainLoader:
         rank, world_size: which slice of each batch is ours.
         device: where the batches live.
         resident_bytes: datasets up to this size are kept on the device.
+        block_tokens: batches of neighbouring steps are made together, up to so many tokens, and
+            handed out one by one: a small batch costs as much time as a large one. On a GPU only,
+            unless given.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class TrainLoader:
         world_size: int = 1,
         device: torch.device,
         resident_bytes: int = RESIDENT_BYTES,
+        block_tokens: int | None = None,
     ) -> None:
         self.global_batch_size = global_batch_size
         self.local = local_slice(global_batch_size, rank, world_size)
@@ -92,6 +97,11 @@ class TrainLoader:
             )
             for part in parts
         ]
+        if block_tokens is None:
+            block_tokens = _BLOCK_TOKENS if self.device.type == "cuda" else 0
+        rows = self.local.stop - self.local.start
+        self.block_steps = max(1, block_tokens // (rows * dataset.seq_len))
+        self._block: tuple[int, dict[str, Tensor]] | None = None  # its number, its rows
         self.pattern = mixture_pattern([part.weight for part in parts], seed)
         counts = np.bincount(self.pattern, minlength=len(parts))
         self.counts = counts  # (parts,) rows of each in a pattern
@@ -104,12 +114,13 @@ class TrainLoader:
         """Rows of one pass over everything."""
         return sum(source.rows_per_epoch for source in self.sources)
 
-    def plan(self, step: int) -> np.ndarray:
-        """What this rank's rows of `step` are.
+    def plan(self, step: int, steps: int = 1) -> np.ndarray:
+        """What this rank's rows of `step` and the following ones are.
 
-        (4, B/W) int64: example, puzzle identifier of the original, augmentation, part.
+        (4, steps·B/W) int64: example, puzzle identifier of the original, augmentation, part.
         """
-        place = step * self.global_batch_size + np.arange(self.local.start, self.local.stop)
+        first = np.arange(step, step + steps)[:, None] * self.global_batch_size
+        place = (first + np.arange(self.local.start, self.local.stop)).reshape(-1)
         if len(self.sources) == 1:
             return np.stack([*self.sources[0].plan(place), np.zeros_like(place)])
         cycle, row = np.divmod(place, _PATTERN)
@@ -126,9 +137,18 @@ class TrainLoader:
     def batch(self, step: int) -> dict[str, Tensor]:
         """`inputs`, `labels` (B/W, L) int32, labels -100 where ignored; `puzzle_ids` (B/W,) int32.
 
-        A pure function of the loader's arguments and `step`; does not wait for the device.
+        A pure function of the loader's arguments and `step`; does not wait for the device. The
+        tensors may be views of one another's storage: read them only.
         """
-        plan = self.plan(step)
+        number, place = divmod(step, self.block_steps)
+        if self._block is None or self._block[0] != number:
+            plan = self.plan(number * self.block_steps, self.block_steps)
+            self._block = number, self._fetch(plan)
+        rows = self.local.stop - self.local.start
+        return {k: v[place * rows : (place + 1) * rows] for k, v in self._block[1].items()}
+
+    def _fetch(self, plan: np.ndarray) -> dict[str, Tensor]:
+        """The rows of a plan."""
         names = ("inputs", "labels", "puzzle_ids")
         if len(self.sources) == 1:
             on_device = to_device(plan[:3], self.device)

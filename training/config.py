@@ -95,6 +95,9 @@ class RunConfig(Section):
 
     device: Device = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: CUDA")
+    num_workers: int = Field(
+        0, ge=0, le=256, description="processes that load data; 0: loaded on the device itself"
+    )
 
     log_interval: Steps = Field(10, ge=1, description="steps between log lines")
     eval_interval: Steps | None = Field(None, ge=1, description="steps; null: at the end only")

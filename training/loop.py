@@ -154,6 +154,7 @@ class Trainer:
         finally:
             progress.close()
             stop.restore()
+            state.loader.close()
 
     def _count_time(self, clock: float) -> float:
         """Add what passed since `clock` to the training time; returns the clock now."""

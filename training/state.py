@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from data import PuzzleDataset, TrainLoader
+from data import PuzzleDataset, make_train_loader
 from models import ACT, Carry, build_model
 from optim import EMA, SparseSignSGD
 from optim.base import DeviceOptimizer
@@ -50,8 +50,9 @@ class TrainState:
             )
         self._check_ownership(config.freeze_weights)
         self.ema = EMA(model.named_parameters(), config.ema_rate) if config.ema else None
-        self.loader = TrainLoader(
+        self.loader = make_train_loader(
             dataset,
+            num_workers=config.num_workers,
             global_batch_size=config.global_batch_size,
             seed=config.seed,
             num_aug=config.data.num_aug,
