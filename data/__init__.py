@@ -14,9 +14,11 @@ from data.errors import DataError
 from data.folder import FolderConfig
 from data.format import dataset_info, read_dataset, write_dataset
 from data.maze import MazeConfig
+from data.mix import MixConfig
 from data.puzzles import DatasetInfo, PuzzleDataset, PuzzleSet
 from data.scoring import ScoredRows, build_scorer
 from data.sudoku import SudokuConfig
+from data.text import TextConfig
 
 if TYPE_CHECKING:
     from data.augment import AUGMENTATIONS, build_augmentation
@@ -28,6 +30,8 @@ DATASETS: dict[str, type[DatasetConfig]] = {
     "sudoku": SudokuConfig,
     "maze": MazeConfig,
     "arc": ArcConfig,
+    "text": TextConfig,
+    "mix": MixConfig,
     "folder": FolderConfig,
 }
 
@@ -50,10 +54,12 @@ __all__ = [
     "EvalLoader",
     "FolderConfig",
     "MazeConfig",
+    "MixConfig",
     "PuzzleDataset",
     "PuzzleSet",
     "ScoredRows",
     "SudokuConfig",
+    "TextConfig",
     "TrainLoader",
     "WorkerLoader",
     "build_augmentation",

@@ -57,6 +57,7 @@ class ArcAugmentation:
         fixed = torch.tensor([[0, 1, 2]], dtype=torch.uint8).expand(len(table), 3)
         self.colours = torch.cat([fixed, table + 1], dim=1).to(device)  # (9!, 12) of tokens
         self.line = torch.arange(SIDE, device=device)
+        self.strides = torch.tensor([[SIDE + 1, 1], [1, SIDE + 1]], device=device)
 
     def __call__(
         self,
@@ -114,8 +115,7 @@ class ArcAugmentation:
             flipped = ((element & bit) > 0)[:, None] & (place < extent)
             source = torch.where(flipped, extent - 1 - place, place)
             lines.append(torch.where((place >= 0) & (place <= extent), source, SIDE))
-        stride = torch.tensor([SIDE + 1, 1], device=grid.device)
-        strides = torch.where(turned[:, None], stride.flip(0), stride)  # (B, 2)
+        strides = self.strides[turned.long()]  # (B, 2) cells between lines of either kind
         source = (lines[0] * strides[:, :1])[:, :, None] + (lines[1] * strides[:, 1:])[:, None, :]
         canvas = F.pad(grid, (0, 1, 0, 1)).reshape(len(grid), -1)
         tokens = torch.gather(canvas, 1, source.reshape(len(grid), -1))

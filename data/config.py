@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,6 +36,8 @@ class DatasetConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    causal: ClassVar[bool] = False  # whether the labels are the inputs to come
 
     name: str
     # 0: none; N: an index from 0..N, 0 being the identity (the papers' "1k × 1000" is 1000);

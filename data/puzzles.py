@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+OUTSIDE = -1  # label of what lies beyond the end of a text; the ignored label of texts
+
 
 class DatasetInfo(BaseModel):
     """What a run needs to know of a dataset before its tokens are read; `model_dump` is JSON."""
@@ -27,6 +29,7 @@ class DatasetInfo(BaseModel):
     fingerprint: str
     source: str | None
     task: dict[str, Any] | None = None  # what the tokens are, which decides the scoring
+    causal: bool = False  # whether the labels are the inputs to come
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,11 @@ class PuzzleSet:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    @property
+    def num_puzzles(self) -> int:
+        """Puzzles, each with one or more examples."""
+        return len(self.puzzle_identifiers)
 
     @property
     def group_sizes(self) -> np.ndarray:
@@ -77,6 +85,11 @@ class TokenStream:
     def group_sizes(self) -> np.ndarray:
         """(shards,) windows that one epoch takes of each shard."""
         return np.array([(len(s) - 1) // self.seq_len for s in self.shards])
+
+    @property
+    def num_puzzles(self) -> int:
+        """Every window is a puzzle."""
+        return len(self)
 
     @property
     def ratings(self) -> None:

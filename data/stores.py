@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.puzzles import PuzzleDataset, PuzzleSet, TokenStream
+from data.puzzles import OUTSIDE, PuzzleDataset, PuzzleSet, TokenStream
 
-OUTSIDE = -1  # label of what lies beyond the end of a text: its datasets' ignored label
 RESIDENT_BYTES = 1 << 30  # token arrays up to this size are kept on the device
 
 
