@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from data.arc_grids import SEQ_LEN, VOCAB_SIZE, encode
 from data.arc_sources import ArcTask, Pair, pair_key, read_tasks, source_files, source_name
-from data.config import DatasetConfig, Seed, file_sha256
+from data.config import DatasetConfig, Paths, Seed, file_sha256
 from data.errors import DataError
 from data.format import write_dataset
 from data.puzzles import PuzzleDataset, PuzzleSet
@@ -25,8 +25,6 @@ _MOST_IDENTIFIERS = 2**31 - 1
 # ARC-AGI-1 itself has one evaluation task among its training tasks, under another name. Up to this
 # share of the test tasks that is warned of; anything more is a leak.
 _TOLERATED_SHARE = 0.01
-
-Source = Annotated[str, Field(min_length=1)]
 
 
 class ArcConfig(DatasetConfig):
@@ -43,8 +41,8 @@ class ArcConfig(DatasetConfig):
 
     name: Literal["arc"] = "arc"
     num_aug: Annotated[int, Field(strict=True, ge=0, le=10**7)] = 1000
-    train: tuple[Source, ...] = ()
-    test: tuple[Source, ...]
+    train: Paths = ()
+    test: Paths
     seed: Seed = 0
     # What to do with training tasks that are test tasks, too.
     leakage: Literal["refuse", "drop", "allow"] = "refuse"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from data.errors import DataError
 from data.format import FORMAT_VERSION, dataset_info
@@ -24,6 +24,16 @@ logger = logging.getLogger(__name__)
 
 _STALE_SECONDS = 24 * 3600  # an unfinished build of a killed process is swept after this time
 
+
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, str) and value else value
+
+
+# A list of paths; a single one may be given as it is.
+Paths = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(_listed, json_schema_input_type=str),
+]
 NumAug = Annotated[int, Field(strict=True, ge=-1, le=10**9)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 

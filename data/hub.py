@@ -6,6 +6,9 @@ Nothing here is needed for local files, and the package is optional.
 import importlib.util
 import logging
 import re
+import urllib.error
+import urllib.request
+from typing import NoReturn
 
 from data.errors import DataError
 
@@ -46,6 +49,25 @@ def is_cached(key: str, value: str) -> bool:
     return isinstance(try_to_load_from_cache(repository, name, repo_type="dataset"), str)
 
 
+def _require_network(key: str, value: str, url: str) -> None:
+    """Refuse at once where the hub cannot be reached: its client tries again for a minute."""
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_WAIT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answers; the client says what is wrong
+    except (OSError, ValueError) as error:
+        _refuse(key, value, str(getattr(error, "reason", error)))
+
+
+def _refuse(key: str, value: str, reason: str) -> NoReturn:
+    repository, name = _parse(key, value)
+    raise DataError(
+        f"data.{key}={value} cannot be downloaded ({reason[:200].rstrip('.')}); download {name} of "
+        f"the data set {repository} elsewhere and give its path as data.{key}=PATH."
+    ) from None
+
+
 def download(key: str, value: str) -> str:
     """Path of a hub file in huggingface_hub's cache, downloaded if it is not there.
 
@@ -54,18 +76,17 @@ def download(key: str, value: str) -> str:
     """
     repository, name = _parse(key, value)
     _require_package(key, value)
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     cached = try_to_load_from_cache(repository, name, repo_type="dataset")
     if isinstance(cached, str):
         return cached
+    if constants.HF_HUB_OFFLINE:
+        _refuse(key, value, "HF_HUB_OFFLINE is set")
+    _require_network(key, value, hf_hub_url(repository, name, repo_type="dataset"))
     logger.info("downloading %s of the hub's data set %s", name, repository)
     try:
         return hf_hub_download(repository, name, repo_type="dataset", etag_timeout=_WAIT_SECONDS)
     except Exception as error:  # its many kinds of errors say the same: there is no file
-        reason = str(error).strip().splitlines()
-        raise DataError(
-            f"data.{key}={value} cannot be downloaded ({type(error).__name__}: "
-            f"{(reason[0] if reason else 'no reason given')[:200].rstrip('.')}); download {name} "
-            f"of the data set {repository} elsewhere and give its path as data.{key}=PATH."
-        ) from None
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        _refuse(key, value, f"{type(error).__name__}: {lines[0]}")

@@ -6,7 +6,8 @@ take slices of the same global batch, so the stream does not depend on their num
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from data.augment import build_augmentation
 from data.errors import DataError
 from data.hashing import hash32
 from data.puzzles import Part, PuzzleDataset, TokenStream
-from data.sources import IGNORED_LABEL, embedding_rows, ignore, make_source
+from data.sources import IGNORED_LABEL, Words, embedding_rows, ignore, make_source
 from data.stores import RESIDENT_BYTES, TokenStore, WindowStore, to_device
 
 _SUBSET, _MIXTURE, _VOTES = 0x04, 0x06, 0x07  # streams of the hash
-_BLOCK_TOKENS = 1 << 22  # of inputs, in batches that are made together on a GPU
+# Tokens of inputs in batches that are made together: much on a GPU, what fits a cache on a CPU.
+_BLOCK_TOKENS = {"cuda": 1 << 22, "cpu": 1 << 18}
 _PATTERN = 4096  # rows after which the pattern of a mixture comes again
 
 
@@ -66,8 +68,7 @@ class TrainLoader:
         device: where the batches live.
         resident_bytes: datasets up to this size are kept on the device.
         block_tokens: batches of neighbouring steps are made together, up to so many tokens, and
-            handed out one by one: a small batch costs as much time as a large one. On a GPU only,
-            unless given.
+            handed out one by one: a small batch costs as much time as a large one.
     """
 
     def __init__(
@@ -94,11 +95,12 @@ class TrainLoader:
                 num_aug=part.num_aug,
                 device=self.device,
                 resident_bytes=resident_bytes // len(parts),
+                plan_here=len(parts) > 1,
             )
             for part in parts
         ]
         if block_tokens is None:
-            block_tokens = _BLOCK_TOKENS if self.device.type == "cuda" else 0
+            block_tokens = _BLOCK_TOKENS.get(self.device.type, 0)
         rows = self.local.stop - self.local.start
         self.block_steps = max(1, block_tokens // (rows * dataset.seq_len))
         self._block: tuple[int, dict[str, Tensor]] | None = None  # its number, its rows
@@ -114,25 +116,44 @@ class TrainLoader:
         """Rows of one pass over everything."""
         return sum(source.rows_per_epoch for source in self.sources)
 
-    def plan(self, step: int, steps: int = 1) -> np.ndarray:
-        """What this rank's rows of `step` and the following ones are.
+    def plan(self, step: int) -> np.ndarray:
+        """What this rank's rows of `step` are.
 
-        (4, steps·B/W) int64: example, puzzle identifier of the original, augmentation, part.
+        (4, B/W) int64: example, puzzle identifier of the original, augmentation, part.
         """
-        first = np.arange(step, step + steps)[:, None] * self.global_batch_size
-        place = (first + np.arange(self.local.start, self.local.stop)).reshape(-1)
+        plan, part = self._plan(step, 1)
+        if isinstance(plan[0], Tensor):
+            plan = [p.cpu().numpy() for p in plan]
+        return np.stack([*plan, part if part is not None else np.zeros_like(plan[0])])
+
+    def _plan(self, step: int, steps: int) -> tuple[list[Words], np.ndarray | None]:
+        """The plan of some steps' rows, (steps·B/W,) each, and the parts they are of."""
+        first = step * self.global_batch_size + self.local.start
+        last = (step + steps - 1) * self.global_batch_size + self.local.stop - 1
+        source = self.sources[0]
         if len(self.sources) == 1:
-            return np.stack([*self.sources[0].plan(place), np.zeros_like(place)])
+            if source.plan_device is None:
+                place = self._places(np.arange(step, step + steps), np.arange)
+            else:
+                arange = partial(torch.arange, device=source.plan_device)
+                place = self._places(arange(step, step + steps), arange)
+            return list(source.plan(place, first, last)), None
+        place = self._places(np.arange(step, step + steps), np.arange)
         cycle, row = np.divmod(place, _PATTERN)
         part = self.pattern[row]
         place = cycle * self.counts[part] + self.before[row]  # in the part's own stream
-        out = np.empty((4, len(part)), np.int64)
-        out[3] = part
+        out = np.empty((3, len(part)), np.int64)
         for number, source in enumerate(self.sources):
             mine = part == number
             if mine.any():
-                out[:3, mine] = source.plan(place[mine])
-        return out
+                inside = place[mine]
+                out[:, mine] = source.plan(inside, int(inside[0]), int(inside[-1]))
+        return list(out), part
+
+    def _places(self, steps: Words, arange: Callable[[int, int], Words]) -> Words:
+        """Numbers in the endless stream of this rank's rows of `steps`."""
+        rows = arange(self.local.start, self.local.stop)
+        return (steps[:, None] * self.global_batch_size + rows).reshape(-1)
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """`inputs`, `labels` (B/W, L) int32, labels -100 where ignored; `puzzle_ids` (B/W,) int32.
@@ -142,26 +163,30 @@ class TrainLoader:
         """
         number, place = divmod(step, self.block_steps)
         if self._block is None or self._block[0] != number:
-            plan = self.plan(number * self.block_steps, self.block_steps)
-            self._block = number, self._fetch(plan)
+            plan, part = self._plan(number * self.block_steps, self.block_steps)
+            self._block = number, self._fetch(plan, part)
         rows = self.local.stop - self.local.start
         return {k: v[place * rows : (place + 1) * rows] for k, v in self._block[1].items()}
 
-    def _fetch(self, plan: np.ndarray) -> dict[str, Tensor]:
+    def _fetch(self, plan: list[Words], part: np.ndarray | None) -> dict[str, Tensor]:
         """The rows of a plan."""
         names = ("inputs", "labels", "puzzle_ids")
-        if len(self.sources) == 1:
-            on_device = to_device(plan[:3], self.device)
-            fetched = self.sources[0].fetch(plan[0], list(on_device))
+        if part is None:
+            if isinstance(plan[0], Tensor):
+                fetched = self.sources[0].fetch(None, plan)
+            else:
+                on_device = to_device(np.stack(plan), self.device)
+                fetched = self.sources[0].fetch(plan[0], list(on_device))
             return dict(zip(names, fetched, strict=True))
-        order = np.argsort(plan[3], kind="stable")  # rows of one part side by side
-        back = np.argsort(order)
-        *on_device, back = to_device(np.stack([*plan[:3, order], back]), self.device)
+        order = np.argsort(part, kind="stable")  # rows of one part side by side
+        sorted_plan = np.stack([*plan, np.argsort(order)])
+        sorted_plan[:3] = sorted_plan[:3, order]
+        *on_device, back = to_device(sorted_plan, self.device)
         fetched, first = [], 0
-        for source, count in zip(self.sources, np.bincount(plan[3]), strict=False):
+        for source, count in zip(self.sources, np.bincount(part), strict=False):
             rows = slice(first, first + count)
             if count:
-                fetched.append(source.fetch(plan[0, order[rows]], [t[rows] for t in on_device]))
+                fetched.append(source.fetch(sorted_plan[0, rows], [t[rows] for t in on_device]))
             first += count
         return {
             name: torch.cat(pieces).index_select(0, back)

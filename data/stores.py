@@ -46,8 +46,11 @@ class TokenStore:
                 for key, arrays in self.arrays.items()
             }
 
-    def gather(self, rows: np.ndarray, device_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of `rows` (B,), which are given on both sides: inputs, labels (B, L), raw ids."""
+    def gather(self, rows: np.ndarray | None, device_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of `rows` (B,): inputs, labels (B, L), raw ids.
+
+        The rows are given on the device and, unless the tokens are there, on the host.
+        """
         if self.resident is not None:
             return tuple(
                 self.resident[key].index_select(0, device_rows) for key in ("inputs", "labels")
@@ -86,8 +89,8 @@ class WindowStore:
             self.ends = torch.from_numpy(self.first[1:]).to(device)
             self.offsets = torch.arange(self.length + 1, device=device)
 
-    def gather(self, rows: np.ndarray, device_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens from places `rows` (B,) on, given on both sides: inputs, labels (B, L) int32.
+    def gather(self, rows: np.ndarray | None, device_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens from places `rows` (B,) on, given as there: inputs, labels (B, L) int32.
 
         Beyond the end of its shard a window holds the pad token, and the label is OUTSIDE.
         """

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from data.config import DatasetConfig, file_sha256
+from data.config import DatasetConfig, Paths, file_sha256
 from data.errors import DataError
 from data.format import write_metadata
 from data.progress import bar
@@ -25,7 +25,6 @@ _VOCAB_SIZE = 257
 _PIECE_BYTES = 1 << 22
 _SUFFIXES = (".txt", ".md", ".rst", ".py")
 
-TextPath = Annotated[str, Field(min_length=1)]
 _Range = tuple[Path, int, int]  # file, first byte, end
 
 
@@ -40,8 +39,8 @@ class TextConfig(DatasetConfig):
     causal: ClassVar[bool] = True
 
     name: Literal["text"] = "text"
-    files: tuple[TextPath, ...] = ()
-    test_files: tuple[TextPath, ...] = ()
+    files: Paths = ()
+    test_files: Paths = ()
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of every file, unless test_files
     seq_len: Annotated[int, Field(strict=True, ge=2, le=2**16)] = 256
 

@@ -82,6 +82,7 @@ class WorkerLoader:
         self.local = local_slice(global_batch_size, rank, world_size)
         settings |= {"global_batch_size": global_batch_size, "rank": rank}
         settings |= {"world_size": world_size, "resident_bytes": resident_bytes}
+        settings["block_tokens"] = 0  # neighbouring steps are made by different workers
         self.batches = _Batches(dataset, settings)
         self.next_step: int | None = None
         self.iterator: Iterator[dict[str, Tensor]] | None = None
