@@ -84,6 +84,8 @@ def _value(key: str, text: str) -> Any:
     try:
         value = yaml.safe_load(_spaced(text))
     except yaml.YAMLError:
+        if not text.startswith(("[", "{")):
+            return text  # such as *.txt
         raise DataError(f"data.{key}={text} cannot be read; quote special characters.") from None
     return _tuples(value)
 

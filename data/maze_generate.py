@@ -75,7 +75,7 @@ def _collect(spec: MazeSpec, key: str, count: int, stream: int, seen: set[bytes]
             waiting += [(questions[i], shares[i], first + int(i)) for i in qualified]
             pilot += shares[qualified[: max(0, _PILOT - len(pilot))]].tolist()
             first += _BATCH
-            idle = 0 if len(qualified) else idle + _BATCH
+            idle += _BATCH  # layouts since the last new maze
             if len(pilot) < _PILOT and first < _PATIENCE:
                 continue
             if not pilot or idle >= _PATIENCE:
@@ -94,8 +94,6 @@ def _collect(spec: MazeSpec, key: str, count: int, stream: int, seen: set[bytes]
                     found.append(question)
                     progress.update()
                     idle = 0
-                else:
-                    idle += 1
             waiting = []
     return np.stack(found)
 

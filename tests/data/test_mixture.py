@@ -97,9 +97,7 @@ def test_folders_are_parts_too(tmp_path, folder):
 
 def test_parts_of_other_formats_are_refused(tmp_path):
     other = {**MAZE, "size": (6, 6), "num_train": 5}
-    with pytest.raises(
-        DataError, match=r"seq_len is 30 in maze-5x6 and 36 in maze-6x6"
-    ):
+    with pytest.raises(DataError, match=r"seq_len is 30 in maze-5x6 and 36 in maze-6x6"):
         MixConfig(parts=(PARTS[1], other)).prepare(tmp_path)
     assert not list(tmp_path.glob("mix*"))
 
