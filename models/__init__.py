@@ -10,23 +10,33 @@ from importlib import import_module
 from typing import Any
 
 from models.config import LossConfig, ModelDims, ReasoningConfig
+from models.errors import ModelError
+from models.hrm import HRMConfig
+from models.transformer import TransformerConfig
 from models.trm import TRMConfig
+from models.urm import URMConfig
 
 ARCHITECTURES: dict[str, type[ReasoningConfig]] = {
+    "hrm": HRMConfig,
     "trm": TRMConfig,
+    "urm": URMConfig,
+    "transformer": TransformerConfig,
 }
 
 _LAZY = {
     "ACT": "models.act",
     "Carry": "models.act",
     "IGNORE_LABEL": "models.act",
+    "Answer": "models.pretrained",
     "ReasoningModel": "models.reasoning",
+    "Solver": "models.pretrained",
     "act_loss": "models.loss",
     "build_model": "models.build",
     "counter_uniform": "models.random",
+    "load_pretrained": "models.pretrained",
 }
 
-__all__ = ["ARCHITECTURES", "LossConfig", "ModelDims", "ReasoningConfig", "TRMConfig", *_LAZY]
+__all__ = ["ARCHITECTURES", "LossConfig", "ModelDims", "ModelError", "ReasoningConfig", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

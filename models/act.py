@@ -91,7 +91,7 @@ class ACT(nn.Module):
                 halted = last | (output.q_halt > threshold)
                 if draws is not None:
                     halted = halted & (steps >= self._minimum_steps(draws))
-                if not config.no_act_continue:
+                if not config.no_act_continue and config.loss.continue_weight:
                     output.target_q_continue = self._bootstrap(state, batch, last)
         return Carry(state, steps, halted, carry.batch), output
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from models.attention_backends import attend
 from models.config import ReasoningConfig
+from models.kernels import usable
 from models.layers import Linear, RotaryTable
 
 
@@ -18,16 +19,24 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.causal = config.causal
+        self.fusible = config.attention_backend == "auto"
+        self.backend = "sdpa"  # `build_model` knows the device, and what is best there
         width = config.hidden_size
         self.qkv = Linear(width, 3 * width, generator=generator)
         self.out = Linear(width, width, generator=generator)
 
     def forward(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        qkv = rearrange(self.qkv(x_BLD), "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
+        qkv = self.qkv(x_BLD)
+        if self.fusible and usable("attention", qkv):
+            from models.kernels.attention import short_attention, supported
+
+            if supported(x_BLD.shape[1], x_BLD.shape[2] // self.num_heads):
+                tables = (None, None) if rope is None else (rope.cos, rope.sin)
+                return self.out(short_attention(qkv, self.num_heads, *tables, self.causal))
+        qkv = rearrange(qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
         q, k, v = qkv.unbind(0)
         if rope is not None:
             q, k = rope(q), rope(k)
-        q, k, v = (rearrange(t, "b l h d -> b h l d") for t in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(rearrange(mixed, "b h l d -> b l (h d)"))
+        mixed = attend(q, k, v, causal=self.causal, backend=self.backend)
+        return self.out(rearrange(mixed, "b l h d -> b l (h d)"))

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from models.attention import Attention
 from models.config import ModelDims, ReasoningConfig
-from models.layers import RotaryTable, SwiGLU, rms_norm
+from models.kernels import usable
+from models.layers import ConvSwiGLU, RotaryTable, SwiGLU, rms_norm
+from models.recursion import recomputed
 
 Mixer = Literal["attention", "mlp"]
 
@@ -23,21 +25,36 @@ class Block(nn.Module):
         length: int,
         mixer: Mixer,
         generator: torch.Generator | None = None,
+        conv_kernel: int = 0,
     ) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
         self.attention = Attention(config, generator) if mixer == "attention" else None
         self.token_mlp = SwiGLU(length, config.expansion, generator) if mixer == "mlp" else None
-        self.mlp = SwiGLU(config.hidden_size, config.expansion, generator)
+        width, expansion = config.hidden_size, config.expansion
+        if conv_kernel:
+            self.mlp: nn.Module = ConvSwiGLU(width, expansion, conv_kernel, generator)
+        else:
+            self.mlp = SwiGLU(width, expansion, generator)
 
     def forward(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
         if self.attention is not None:
             x_BLD = rms_norm(x_BLD + self.attention(x_BLD, rope), self.eps)
-        else:  # the token mixer works, and normalizes, along the tokens of each feature
-            x_BDL = x_BLD.transpose(1, 2)
-            x_BLD = rms_norm(x_BDL + self.token_mlp(x_BDL), self.eps).transpose(1, 2)
+        else:
+            x_BLD = self._mix_tokens(x_BLD)
         return rms_norm(x_BLD + self.mlp(x_BLD), self.eps)
+
+    def _mix_tokens(self, x_BLD: Tensor) -> Tensor:
+        """The token mixer works, and normalizes, along the tokens of each feature."""
+        if usable("mixer", x_BLD):
+            from models.kernels.mixer import MAX_TOKENS, token_mixer
+
+            if x_BLD.shape[1] <= MAX_TOKENS:
+                mlp = self.token_mlp
+                return token_mixer(x_BLD, mlp.gate_up.weight, mlp.down.weight, self.eps)
+        x_BDL = x_BLD.transpose(1, 2)
+        return rms_norm(x_BDL + self.token_mlp(x_BDL), self.eps).transpose(1, 2)
 
 
 class BlockStack(nn.Module):
@@ -48,8 +65,9 @@ class BlockStack(nn.Module):
         config: ReasoningConfig,
         dims: ModelDims,
         num_layers: int,
-        mixer: Mixer,
+        mixer: Mixer = "attention",
         generator: torch.Generator | None = None,
+        conv_kernel: int = 0,
     ) -> None:
         super().__init__()
         length = config.prefix_len + dims.seq_len
@@ -58,12 +76,17 @@ class BlockStack(nn.Module):
             head_dim = config.hidden_size // config.num_heads
             self.rope = RotaryTable(head_dim, length, config.rope_theta)
         self.blocks = nn.ModuleList(
-            Block(config, length, mixer, generator) for _ in range(num_layers)
+            Block(config, length, mixer, generator, conv_kernel) for _ in range(num_layers)
         )
 
-    def forward(self, state_BLD: Tensor, injection_BLD: Tensor) -> Tensor:
-        """(B, L, D), (B, L, D) → (B, L, D)."""
-        x_BLD = state_BLD + injection_BLD
-        for block in self.blocks:
-            x_BLD = block(x_BLD, self.rope)
+    def forward(
+        self, state_BLD: Tensor, injection_BLD: Tensor | None, recompute: int = 0
+    ) -> Tensor:
+        """(B, L, D), (B, L, D) → (B, L, D); the backward pass recomputes the first `recompute`."""
+        x_BLD = state_BLD if injection_BLD is None else state_BLD + injection_BLD
+        for number, block in enumerate(self.blocks):
+            if number < recompute:
+                x_BLD = recomputed(block, x_BLD, self.rope)
+            else:
+                x_BLD = block(x_BLD, self.rope)
         return x_BLD

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from models import fp8
+from models.attention import Attention
+from models.attention_backends import resolve_backend
 from models.config import ModelDims, ReasoningConfig
+from models.layers import Linear
 from models.reasoning import ReasoningModel
 
 
@@ -20,11 +24,23 @@ def build_model(
 ) -> ReasoningModel:
     """Initialize on the CPU from `seed` (the same weights on every device), then move.
 
-    Parameters are float32, or float64 where the forward pass is.
+    Parameters are float32, or float64 where the forward pass is. ModelError: the configuration
+    asks for what this device does not have.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = forward_dtype(config, device)
+    if config.fp8:
+        fp8.check_device(device, dtype)
+    backend = "sdpa"
+    if config.has_attention:
+        head_dim = config.hidden_size // config.num_heads
+        backend = resolve_backend(config.attention_backend, device, dtype, head_dim)
     model = config.build(dims, dtype=dtype, generator=generator)
+    for module in model.levels.modules():
+        if isinstance(module, Attention):
+            module.backend = backend
+        elif isinstance(module, Linear) and config.fp8:
+            module.fp8 = fp8.fits(module.weight)
     if dtype == torch.float64:
         model = model.double()
     return model.to(device)

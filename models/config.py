@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models.attention_backends import check_installed
+
 if TYPE_CHECKING:
     import torch
 
+    from models.block import BlockStack
     from models.reasoning import ReasoningModel
+    from models.recursion import Schedule
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,9 @@ class LossConfig(BaseModel):
     continue_weight: float = Field(0.5, ge=0, description="weight of the q_continue loss")
 
 
+GradCheckpoint = Literal["none", "block", "cycle", "all"]
+
+
 class ReasoningConfig(BaseModel):
     """Fields common to all architectures; an architecture adds its recursion and its layers."""
 
@@ -48,8 +57,9 @@ class ReasoningConfig(BaseModel):
             "rms_norm_eps",
             "rope_theta",
             "loss",
-            "H_cycles",
-            "L_cycles",
+            "attention_backend",
+            "fp8",
+            "grad_checkpoint",
         }
     )
 
@@ -76,8 +86,15 @@ class ReasoningConfig(BaseModel):
         0.1, ge=0, le=1, description="chance of a drawn minimum of ACT steps"
     )
     no_act_continue: bool = Field(True, description="halt by q_halt alone, without q_continue")
-    forward_dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+    attention_backend: Literal["auto", "fa3", "fa2", "sdpa", "math"] = Field(
+        "auto", description="FlashAttention 3, 2, torch's, or plain; auto: the best here"
+    )
+    forward_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         "auto", description="activations; auto: bfloat16 on CUDA, else float32"
+    )
+    fp8: bool = Field(False, description="products of the blocks in 8 bits (Ada, Hopper or newer)")
+    grad_checkpoint: GradCheckpoint = Field(
+        "none", description="recompute all but: nothing, or the inputs of blocks, updates, cycles"
     )
     loss: LossConfig = LossConfig()
 
@@ -94,8 +111,15 @@ class ReasoningConfig(BaseModel):
                 )
         return self
 
-    def check_heads(self) -> None:
-        """Raise ValueError unless the heads fit the hidden size (attention only)."""
+    @property
+    def has_attention(self) -> bool:
+        """Whether tokens exchange by attention, so that the heads must fit the hidden size."""
+        return True
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ReasoningConfig:
+        if not self.has_attention:
+            return self
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}"
@@ -105,6 +129,7 @@ class ReasoningConfig(BaseModel):
                 f"pos_encodings=rope needs an even head size, but hidden_size / num_heads = "
                 f"{self.hidden_size // self.num_heads}"
             )
+        return self
 
     @property
     def prefix_len(self) -> int:
@@ -113,8 +138,82 @@ class ReasoningConfig(BaseModel):
             return -(-self.puzzle_emb_ndim // self.hidden_size)
         return self.puzzle_emb_len if self.puzzle_emb_ndim else 0
 
+    def check_machine(self) -> None:
+        """Raise ModelError if a package that the configuration asks for is missing here."""
+        if self.has_attention:
+            check_installed(self.attention_backend)
+
+    def portable(self) -> ReasoningConfig:
+        """The same model, without what only some machines have."""
+        everywhere = self.attention_backend in ("sdpa", "math")
+        backend = self.attention_backend if everywhere else "auto"
+        return self.model_copy(update={"attention_backend": backend, "fp8": False})
+
+    # What an architecture is
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Its latent states; the answer is read from the first."""
+        raise NotImplementedError
+
+    def levels(self, stack: Callable[..., BlockStack]) -> dict[str, BlockStack]:
+        """Its networks: `stack(num_layers, …)` makes a stack of blocks."""
+        raise NotImplementedError
+
+    def schedule(self, progress: float = 1.0) -> Schedule:
+        """Which state is updated when, at this fraction of the training steps; 1: as trained."""
+        raise NotImplementedError
+
     def build(
         self, dims: ModelDims, *, dtype: torch.dtype, generator: torch.Generator
     ) -> ReasoningModel:
         """Compose the model on the CPU, initialized from `generator`."""
-        raise NotImplementedError
+        from models.block import BlockStack
+        from models.reasoning import ReasoningModel
+
+        stack = partial(BlockStack, self, dims, generator=generator)
+        return ReasoningModel(
+            self, dims, levels=self.levels(stack), dtype=dtype, generator=generator
+        )
+
+
+class RecursiveConfig(ReasoningConfig):
+    """Fields of the architectures whose states are updated in slow (H) and fast (L) cycles."""
+
+    tunable: ClassVar[frozenset[str]] = ReasoningConfig.tunable | {
+        "H_cycles",
+        "L_cycles",
+        "H_grad_cycles",
+        "curriculum",
+    }
+
+    H_cycles: int = Field(3, ge=1, le=1024, description="slow cycles of one ACT step")
+    L_cycles: int = Field(6, ge=1, le=1024, description="fast updates in each slow cycle")
+    H_grad_cycles: int = Field(
+        1, ge=0, le=1024, description="H cycles with gradient; 0: the last updates only"
+    )
+    curriculum: tuple[tuple[float, int, int], ...] = Field(
+        (), description="[[until, H, L], …]: cycles up to that fraction of training"
+    )
+
+    @model_validator(mode="after")
+    def _check_cycles(self) -> RecursiveConfig:
+        if self.H_grad_cycles > self.H_cycles:
+            raise ValueError(
+                f"H_grad_cycles={self.H_grad_cycles} is more than H_cycles={self.H_cycles}"
+            )
+        before = 0.0
+        for until, slow, fast in self.curriculum:
+            if not before < until <= 1:
+                raise ValueError("curriculum: the fractions should rise from above 0 to at most 1")
+            if not (1 <= slow <= 1024 and 1 <= fast <= 1024):
+                raise ValueError("curriculum: H and L cycles should be 1 to 1024")
+            before = until
+        return self
+
+    def cycles(self, progress: float = 1.0) -> tuple[int, int]:
+        """(H, L) at this fraction of the training steps: the curriculum's, then the full ones."""
+        for until, slow, fast in self.curriculum:
+            if progress < until:
+                return slow, fast
+        return self.H_cycles, self.L_cycles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,30 @@ from torch import Tensor, nn
 
 from models.config import ModelDims, ReasoningConfig
 from models.layers import truncated_normal
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a small table, whose gradient is a product with the one-hot ids.
+
+    torch's own sums duplicates after a sort of the ids, or with atomics, whose order varies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows = table.shape[0]
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        rows = -(-ctx.rows // 8) * 8  # aligned products
+        one_hot = ids.reshape(-1, 1) == torch.arange(rows, device=ids.device, dtype=ids.dtype)
+        total = one_hot.to(grad.dtype).t() @ grad.reshape(-1, grad.shape[-1])
+        return None, total[: ctx.rows]
+
+
+_SMALL_TABLE = 1024  # rows; the one-hot ids of a batch are this wide
 
 
 class InputEmbedding(nn.Module):
@@ -51,7 +76,9 @@ class InputEmbedding(nn.Module):
 
         `puzzle_rows` (B, puzzle_emb_ndim), where present, stands in for the table's rows.
         """
-        x_BLD = F.embedding(batch["inputs"], self.tokens.to(self.dtype))
+        ids, table = batch["inputs"], self.tokens.to(self.dtype)
+        small = ids.is_cuda and table.shape[0] <= _SMALL_TABLE
+        x_BLD = _Lookup.apply(ids, table) if small else F.embedding(ids, table)
         if self.puzzles is not None:
             rows = batch.get("puzzle_rows")
             rows = self.puzzle_rows(batch["puzzle_ids"]) if rows is None else rows

@@ -7,10 +7,14 @@ Shape suffixes: B batch, L tokens, H heads, D features.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models import fp8
+from models.kernels import usable
 
 # Standard deviation of a unit normal truncated at ±2; dividing by it restores the asked-for one.
 _TRUNCATED_STD = 0.87962566103423978
@@ -42,9 +46,12 @@ class Linear(nn.Module):
         std = 1.0 / math.sqrt(in_features)
         self.weight = nn.Parameter(truncated_normal((out_features, in_features), std, generator))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.fp8 = False  # `build_model` sets it where the configuration and the shape allow
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) → (..., out_features)."""
+        if self.fp8:
+            return fp8.linear(x, self.weight.to(x.dtype))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -54,10 +61,60 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """The backward pass out of the result: dx = (dy - y mean(dy y)) / rms."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        wide = x.to(norm_dtype(x.dtype))
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        out = (wide * inverse).to(x.dtype)
+        ctx.save_for_backward(out, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out, inverse = ctx.saved_tensors
+        out, wide = out.to(inverse.dtype), grad.to(inverse.dtype)
+        along = (wide * out).mean(-1, keepdim=True)
+        return torch.addcmul(wide, out, along, value=-1).mul_(inverse).to(grad.dtype), None
+
+
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x², last dimension) + eps), without a gain (Zhang & Sennrich 2019)."""
-    wide = x.to(norm_dtype(x.dtype))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if torch.compiler.is_compiling():  # which fuses this, and derives it, by itself
+        wide = x.to(norm_dtype(x.dtype))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return _RMSNorm.apply(x, eps)
+
+
+class _GatedSiLU(torch.autograd.Function):
+    """The backward pass writes both gradients where they belong, side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        ctx.save_for_backward(gate_up, silu)
+        return silu * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        gate_up, silu = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        dgate, dup = out.chunk(2, dim=-1)
+        torch.mul(grad, silu, out=dup)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=dgate)
+        return out
+
+
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """silu(gate) ⊙ up of gate_up (..., 2 I) = [gate | up] → (..., I)."""
+    if torch.compiler.is_compiling():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return _GatedSiLU.apply(gate_up)
 
 
 class SwiGLU(nn.Module):
@@ -78,14 +135,68 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., features) → (..., features)."""
         features = x.shape[-1]
+        if usable("swiglu", x) and not self.gate_up.fp8:
+            from models.kernels.swiglu import swiglu_mlp
+
+            fused = swiglu_mlp(x, self.gate_up.weight, self.down.weight)
+            if fused is not None:
+                return fused
         excess = -features % 8 if x.is_cuda else 0
         if excess:  # rows of 16 bytes: unaligned products run at a third of the speed
             gate_up = F.pad(self.gate_up.weight.to(x.dtype), (0, excess))
-            gate, up = F.linear(F.pad(x, (0, excess)), gate_up).chunk(2, dim=-1)
+            h = gated_silu(F.linear(F.pad(x, (0, excess)), gate_up))
             down = F.pad(self.down.weight.to(x.dtype), (0, 0, 0, excess))
-            return F.linear(F.silu(gate) * up, down)[..., :features]
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+            return F.linear(h, down)[..., :features]
+        return self.down(gated_silu(self.gate_up(x)))
+
+
+class DepthwiseConv(nn.Module):
+    """A convolution over the tokens, each feature by itself; zeros stand beyond both ends.
+
+    Of `kernel` = 2 taps a token sees the one before it and itself; of 3, a neighbour either side.
+    """
+
+    def __init__(
+        self, features: int, kernel: int, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(kernel)  # uniform, as torch initializes convolutions
+        weight, bias = torch.empty(features, 1, kernel), torch.empty(features)
+        self.weight = nn.Parameter(weight.uniform_(-bound, bound, generator=generator))
+        self.bias = nn.Parameter(bias.uniform_(-bound, bound, generator=generator))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        taps = self.weight.to(x_BLD.dtype).squeeze(1).unbind(-1)  # each (D,)
+        before, length = len(taps) // 2, x_BLD.shape[1]
+        # a sum of shifted copies needs no transposition, and a compiler fuses it
+        padded = F.pad(x_BLD, (0, 0, before, len(taps) - 1 - before))
+        y_BLD = self.bias.to(x_BLD.dtype)
+        for shift, tap in enumerate(taps):
+            y_BLD = y_BLD + tap * padded[:, shift : shift + length]
+        return y_BLD
+
+
+class ConvSwiGLU(SwiGLU):
+    """`W_down silu(conv(silu(W_gate x) ⊙ W_up x))`.
+
+    Source: Gao et al. 2025, "Universal Reasoning Model", arXiv:2512.14693.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        expansion: float,
+        kernel: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(features, expansion, generator)
+        self.conv = DepthwiseConv(self.down.weight.shape[1], kernel, generator)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)."""
+        gate, up = self.gate_up(x_BLD).chunk(2, dim=-1)
+        return self.down(F.silu(self.conv(F.silu(gate) * up)))
 
 
 class RotaryTable(nn.Module):

@@ -25,9 +25,9 @@ def token_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
     """Cross-entropy per token (B, L), 0 where the label is ignored; float32 at least."""
     wide = logits.to(norm_dtype(logits.dtype))
     log_p = log_stablemax(wide) if kind == "stablemax" else F.log_softmax(wide, dim=-1)
-    valid = labels != IGNORE_LABEL
-    index = torch.where(valid, labels, 0).long().unsqueeze(-1)
-    return torch.where(valid, -log_p.gather(-1, index).squeeze(-1), 0)
+    # a sum with one term, not a gather, whose gradient would be a scatter
+    kinds = torch.arange(log_p.shape[-1], device=labels.device, dtype=labels.dtype)
+    return -torch.where(labels.unsqueeze(-1) == kinds, log_p, 0).sum(-1)
 
 
 def act_loss(

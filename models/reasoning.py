@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.config import ModelDims, ReasoningConfig
 from models.embedding import InputEmbedding
 from models.layers import Linear, truncated_normal
-from models.recursion import Schedule, run
+from models.recursion import run
 
 State = dict[str, Tensor]  # latent name → (B, prefix + L, D)
 
@@ -33,18 +33,15 @@ class ReasoningModel(nn.Module):
         dims: ModelDims,
         *,
         levels: Mapping[str, nn.Module],
-        schedule: Schedule,
-        states: tuple[str, ...],
-        answer: str,
         dtype: torch.dtype,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.dims, self.schedule = config, dims, schedule
-        self.answer, self.state_names = answer, states
+        self.config, self.dims = config, dims
+        self.schedule = self.full_schedule = config.schedule()
         self.embedding = InputEmbedding(config, dims, dtype, generator)
         self.levels = nn.ModuleDict(levels)
-        for name in states:  # buffers: neither trained nor averaged
+        for name in config.states:  # buffers: neither trained nor averaged
             init = truncated_normal((config.hidden_size,), 1.0, generator)
             self.register_buffer(f"{name}_init", init.to(dtype))
         self.lm_head = Linear(config.hidden_size, dims.vocab_size, generator=generator)
@@ -58,13 +55,22 @@ class ReasoningModel(nn.Module):
         length = self.config.prefix_len + self.dims.seq_len
         return {
             name: getattr(self, f"{name}_init").expand(batch_size, length, -1)
-            for name in self.state_names
+            for name in self.config.states
         }
 
+    def set_progress(self, progress: float) -> None:
+        """Train by the schedule for this fraction of the steps; evaluation is by the full one."""
+        self.schedule = self.config.schedule(progress)
+
     def compile_levels(self) -> None:
-        """torch.compile each level's stack of blocks (one graph, used by every update)."""
+        """torch.compile each level's stack of blocks (one graph, used by every update).
+
+        Its blocks one by one where each is recomputed: recomputation stays outside of the graphs.
+        """
+        by_block = self.config.grad_checkpoint in ("block", "all")
         for level in self.levels.values():
-            level.compile(dynamic=False)
+            for part in level.blocks if by_block else (level,):
+                part.compile(dynamic=False)
 
     def puzzle_rows(self, puzzle_ids: Tensor) -> Tensor | None:
         """Rows (B, puzzle_emb_ndim) of the puzzle table for `puzzle_ids` (B,), or None."""
@@ -72,8 +78,10 @@ class ReasoningModel(nn.Module):
 
     def forward(self, state: State, batch: Mapping[str, Tensor]) -> StepOutput:
         """One ACT step. `batch` holds inputs (B, L), puzzle_ids (B,) and maybe puzzle_rows."""
-        state = run(self.schedule, state, self.embedding(batch), self.levels)
-        answer = state[self.answer]
+        schedule = self.schedule if self.training else self.full_schedule
+        x_BLD = self.embedding(batch)
+        state = run(schedule, state, x_BLD, self.levels, self.config.grad_checkpoint)
+        answer = state[self.config.states[0]]
         logits = self.lm_head(answer[:, self.config.prefix_len :])
         q_logits = self.q_head(answer[:, 0])  # the first position also decides on halting
         q_logits = q_logits.to(torch.float32)

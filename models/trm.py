@@ -1,70 +1,67 @@
 """TRM, the Tiny Recursive Model: one small network that improves a latent z_L and an answer z_H.
 
 Source: Jolicoeur-Martineau, "Less is More: Recursive Reasoning with Tiny Networks" (2025),
-arXiv:2510.04871. `mixer=mlp` replaces attention by an MLP over the tokens (its Sudoku variant).
+arXiv:2510.04871. `mixer=mlp` replaces attention by an MLP over the tokens (its Sudoku variant);
+`latents` is 0 for its single-state ablation, and k for z_L split into k states.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from models.config import ModelDims, ReasoningConfig
-from models.recursion import INPUT, Schedule, Update, nested
+from models.config import RecursiveConfig
+from models.recursion import INPUT, Schedule, Update, truncated
 
 if TYPE_CHECKING:
-    import torch
-
-    from models.reasoning import ReasoningModel
+    from models.block import BlockStack
 
 
-class TRMConfig(ReasoningConfig):
-    """`arch=trm` (attention) and `arch=trm_mlp` (token-mixing MLP)."""
+class TRMConfig(RecursiveConfig):
+    """`arch=trm` (attention), `arch=trm_mlp` (token-mixing MLP), `arch=trm_single` (one state)."""
 
     name: Literal["trm"] = "trm"
     mixer: Literal["attention", "mlp"] = Field("attention", description="how tokens exchange")
-    H_cycles: int = Field(
-        3, ge=1, le=1024, description="times the answer z_H is updated per ACT step"
-    )
-    L_cycles: int = Field(
-        6, ge=1, le=1024, description="times the latent z_L is updated per z_H update"
-    )
+    latents: int = Field(1, ge=0, le=64, description="latent states beside z_H; 0: z_L alone")
     L_layers: int = Field(2, ge=1, le=1024, description="blocks in the network")
 
     @model_validator(mode="after")
     def _check_mixer(self) -> TRMConfig:
-        if self.mixer == "attention":
-            self.check_heads()
-        elif self.pos_encodings == "rope":
+        if not self.has_attention and self.pos_encodings == "rope":
             raise ValueError("pos_encodings=rope needs mixer=attention; use none or learned")
-        elif self.causal:
+        if not self.has_attention and self.causal:
             raise ValueError("causal=true needs mixer=attention")
         return self
 
-    def schedule(self) -> Schedule:
-        """Which state is updated when."""
-        return nested(
-            slow=Update("z_H", ("z_L",), "L"),
-            fast=Update("z_L", ("z_H", INPUT), "L"),
-            slow_cycles=self.H_cycles,
-            fast_cycles=self.L_cycles,
-        )
+    @property
+    def has_attention(self) -> bool:
+        """Whether `mixer` is attention."""
+        return self.mixer == "attention"
 
-    def build(
-        self, dims: ModelDims, *, dtype: torch.dtype, generator: torch.Generator
-    ) -> ReasoningModel:
-        """One stack of `L_layers` blocks serves both states; the answer is read from z_H."""
-        from models.block import BlockStack
-        from models.reasoning import ReasoningModel
+    @property
+    def latents_in_turn(self) -> tuple[str, ...]:
+        """The latent states, updated in turn: z_L, or z_L1 to z_Lk."""
+        k = self.latents
+        return tuple(f"z_L{i}" for i in range(1, k + 1)) if k > 1 else ("z_L",)
 
-        return ReasoningModel(
-            self,
-            dims,
-            levels={"L": BlockStack(self, dims, self.L_layers, self.mixer, generator)},
-            schedule=self.schedule(),
-            states=("z_H", "z_L"),
-            answer="z_H",
-            dtype=dtype,
-            generator=generator,
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The answer and its latents."""
+        return ("z_H", *self.latents_in_turn) if self.latents else ("z_L",)
+
+    def levels(self, stack: Callable[..., BlockStack]) -> dict[str, BlockStack]:
+        """One network for all states."""
+        return {"L": stack(self.L_layers, self.mixer)}
+
+    def schedule(self, progress: float = 1.0) -> Schedule:
+        """H times: L updates of a latent state from all states and the input, one of the answer."""
+        slow_cycles, fast_cycles = self.cycles(progress)
+        names, answer = self.latents_in_turn, ("z_H",) if self.latents else ()
+        fast = tuple(
+            Update(name, (*(n for n in names if n != name), *answer, INPUT), "L")
+            for name in (names[i % len(names)] for i in range(fast_cycles))
         )
+        slow = Update("z_H", names, "L") if self.latents else Update("z_L", (), "L")
+        return truncated((*fast, slow), cycles=slow_cycles, grad_cycles=self.H_grad_cycles, tail=2)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from optim.base import DeviceOptimizer
+from optim.base import DeviceOptimizer, GroupStep, scalar
+from optim.kernels.table import addresses_of
 
 if TYPE_CHECKING:
+    from optim.ema import EMA
     from optim.kernels.launch import AdamLaunch
+    from optim.kernels.muon_launch import MuonLaunch
+
+_NO_OPTIONS = ("params", "lr", "param_names")
 
 
 @dataclass
@@ -19,18 +26,99 @@ class Bucket:
     """Parameters of one launch, and the names of their shadows in the attached EMA."""
 
     params: list[Tensor]
-    names: list[str]
-    launch: AdamLaunch
+    names: frozenset[str]
+    launch: AdamLaunch | MuonLaunch
+
+    def __post_init__(self) -> None:
+        self.dtypes = [p.dtype for p in self.params]
+        self.strides = [p.stride() for p in self.params]
+        self.home = addresses_of(self.params)
+
+    def pointers(self) -> tuple[int, ...] | None:
+        """Addresses of parameters and gradients; None where the launch does not fit them."""
+        grads = [p.grad for p in self.params]
+        try:  # None, sparse or otherwise without an address of its own
+            given = addresses_of(grads)
+        except (TypeError, RuntimeError):
+            return None
+        home = addresses_of(self.params)
+        fits = home == self.home and [g.dtype for g in grads] == self.dtypes
+        return home + given if fits and [g.stride() for g in grads] == self.strides else None
+
+
+@dataclass
+class Plan:
+    """How the parameters of a group that had a gradient are launched, and what that rests on."""
+
+    params: list[Tensor]
+    ema: EMA | None
+    buckets: list[Bucket]
+    rest: list[Tensor]
+
+    def holds(self, ema: EMA | None) -> bool:
+        """Whether parameters and EMA are those of the plan, where they were."""
+        return ema is self.ema and all(addresses_of(b.params) == b.home for b in self.buckets)
+
+
+@dataclass
+class Last:
+    """A group's last step, if kernels took all of it: the next one may repeat it."""
+
+    group: dict[str, Any]
+    count: int  # parameters of the group
+    absent: list[Tensor]  # had no gradient
+    options: tuple[Any, ...]
+    rate: float | None  # of the EMA
+    fused: str
+    plan: Plan
+    device: torch.device
 
 
 class AdamLike(DeviceOptimizer):
-    """An optimizer with `exp_avg` and `exp_avg_sq` whose rule the kernel `adam_kernel` knows."""
+    """An optimizer with `exp_avg` and `exp_avg_sq` whose rule the kernel `adam_kernel` knows.
+
+    A step that differs from the one before in nothing but addresses of gradients repeats its
+    launches and checks no more than that (`_ready`).
+    """
 
     moments = ("exp_avg", "exp_avg_sq")
 
     def _kernel_rule(self, group: dict[str, Any]) -> tuple[str, dict[str, float]]:
         """Name of the rule in the kernel, and its numbers besides betas and weight decay."""
         raise NotImplementedError
+
+    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What `_kernel_rule` and `numbers` read from a group."""
+        return tuple([v for k, v in group.items() if k not in _NO_OPTIONS])
+
+    def _ready(self, index: int, group: dict[str, Any]) -> GroupStep | None:
+        last: Last | None = self.__dict__.setdefault("_last", {}).get(index)
+        if (
+            last is None
+            or last.group is not group
+            or last.fused != self.fused
+            or last.count != len(group["params"])
+            or last.plan.ema is not self.ema
+            or last.rate != (None if self.ema is None else self.ema.rate)
+            or last.options != self._options(group)
+            or any(p.grad is not None for p in last.absent)
+        ):
+            return None
+        pointers = [bucket.pointers() for bucket in last.plan.buckets]
+        return None if None in pointers else partial(self._repeat, last, pointers)
+
+    def _repeat(
+        self,
+        last: Last,
+        pointers: list[tuple[int, ...]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        scale, found = scalar(grad_scale, last.device), scalar(found_inf, last.device)
+        for bucket, addresses in zip(last.plan.buckets, pointers, strict=True):
+            if bucket.names:
+                self.ema.begin_fused(bucket.names)
+            bucket.launch.repeat(addresses, last.group["lr"], scale, found)
 
     def _launch(
         self,
@@ -42,25 +130,55 @@ class AdamLike(DeviceOptimizer):
     ) -> list[Tensor]:
         from optim.kernels.launch import numbers
 
-        plans: dict[tuple[int, ...], tuple[list[Bucket], list[Tensor]]]
-        plans = self.__dict__.setdefault("_plans", {})
-        key = (id(self.ema), *map(id, params))
-        if key not in plans:
-            plans[key] = self._plan(params)
-        buckets, rest = plans[key]
+        plan = self._plan_of(params, self._plan)
         rule, extra = self._kernel_rule(group)
-        for bucket in buckets:
+        for bucket in plan.buckets:
             if bucket.names:
                 extra = {**extra, "ema_rate": self.ema.begin_fused(bucket.names)}
             values = numbers(rule, group["betas"], group["weight_decay"], **extra)
             grads = [same_order(p.grad, p) for p in bucket.params]
             bucket.launch.run(grads, rule, values, lr, grad_scale, found_inf)
-        return rest
+        self._remember(group, plan, lr)
+        return plan.rest
 
-    def _plan(self, params: list[Tensor]) -> tuple[list[Bucket], list[Tensor]]:
-        """Buckets of a dtype, with or without a shadow that the kernel can move; and the rest."""
-        from optim.kernels.launch import DTYPES, AdamLaunch, supported
+    def _plan_of(self, params: list[Tensor], make: Callable[[list[Tensor]], Plan]) -> Plan:
+        """The plan of these parameters, made where there is none or it does not hold any more."""
+        plans: dict[tuple[int, ...], Plan] = self.__dict__.setdefault("_plans", {})
+        key = tuple(map(id, params))
+        if key not in plans or not plans[key].holds(self.ema):
+            plans[key] = make(params)
+        return plans[key]
 
+    def _remember(self, group: dict[str, Any], plan: Plan, lr: Tensor) -> None:
+        """Let `_ready` repeat this step, if all of the group's gradients were in it."""
+        index = next(i for i, g in enumerate(self.param_groups) if g is group)
+        absent = [p for p in group["params"] if p.grad is None]
+        whole = len(plan.params) + len(absent) == len(group["params"]) and lr is group["lr"]
+        last = self.__dict__.setdefault("_last", {})
+        last.pop(index, None)
+        if whole and plan.buckets and not plan.rest:
+            options = self._options(group)
+            rate = None if self.ema is None else self.ema.rate
+            fixed = (len(group["params"]), absent, options, rate, self.fused, plan, lr.device)
+            last[index] = Last(group, *fixed)
+
+    def _plan(self, params: list[Tensor]) -> Plan:
+        """The buckets that one launch each takes, and the rest."""
+        from optim.kernels.launch import AdamLaunch, supported
+
+        buckets = [
+            Bucket(some, names, AdamLaunch(some, [self.state[p] for p in some], shadows))
+            for some, names, shadows in self._split([p for p in params if supported(p)])
+        ]
+        return Plan(params, self.ema, buckets, [p for p in params if not supported(p)])
+
+    def _split(
+        self, params: list[Tensor]
+    ) -> Iterator[tuple[list[Tensor], frozenset[str], list[Tensor]]]:
+        """By dtype, and by whether a launch can move the shadow too: (parameters, names, shadows).
+
+        Names and shadows are those of the attached EMA, empty where it does not move them.
+        """
         names = {} if self.ema is None else {id(p): n for n, p in self.ema.params.items()}
         shadows: dict[int, Tensor] = {}
         for p in params:
@@ -69,18 +187,15 @@ class AdamLike(DeviceOptimizer):
                 wanted = (torch.float32, p.stride(), p.device)
                 if (shadow.dtype, shadow.stride(), shadow.device) == wanted:
                     shadows[id(p)] = shadow
-        buckets = []
-        for dtype in DTYPES:
-            for shadowed in (True, False):
-                some = [p for p in params if p.dtype == dtype and supported(p)]
-                some = [p for p in some if (id(p) in shadows) == shadowed]
-                if some:
-                    own = [shadows[id(p)] for p in some] if shadowed else None
-                    launch = AdamLaunch(some, [self.state[p] for p in some], own)
-                    buckets.append(
-                        Bucket(some, [names[id(p)] for p in some] if shadowed else [], launch)
-                    )
-        return buckets, [p for p in params if not supported(p)]
+        for dtype in dict.fromkeys(p.dtype for p in params):
+            some = [p for p in params if p.dtype == dtype]
+            moved = [p for p in some if id(p) in shadows]
+            left = [p for p in some if id(p) not in shadows]
+            if moved:
+                own = [shadows[id(p)] for p in moved]
+                yield moved, frozenset(names[id(p)] for p in moved), own
+            if left:
+                yield left, frozenset(), []
 
 
 def same_order(grad: Tensor, p: Tensor) -> Tensor:

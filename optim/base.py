@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from optim.checks import check_grad, check_lr, check_options, check_param, match_groups
 from optim.clip import clip_scale, global_grad_norm
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from optim.ema import EMA
 
 Fused = Literal["off", "auto", "on"]
+GroupStep = Callable[[Tensor | None, Tensor | None], None]  # of grad_scale, found_inf
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -157,7 +160,6 @@ class DeviceOptimizer(torch.optim.Optimizer):
 
     # The step
 
-    @torch.no_grad()
     def step(
         self,
         closure: Callable[[], float] | None = None,
@@ -177,6 +179,21 @@ class DeviceOptimizer(torch.optim.Optimizer):
         Returns:
             What the closure returned, if there is one.
         """
+        if _observed(self):
+            return self._profiled_step(closure, grad_scale=grad_scale, found_inf=found_inf)
+        return self._plain_step(closure, grad_scale=grad_scale, found_inf=found_inf)
+
+    # torch would wrap `step` in what its hooks and its profiler need; that takes longer than all
+    # the rest here, so it is done only where there is one.
+    step.hooked = True
+
+    def _plain_step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -184,17 +201,37 @@ class DeviceOptimizer(torch.optim.Optimizer):
         self._sync_lr()
         grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
         found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
-        work = [self._buckets(group) for group in self.param_groups]  # checks before any change
-        for group, buckets in zip(self.param_groups, work, strict=True):
-            for device, params in buckets.items():
-                scale, found = _scalar(grad_scale, device), _scalar(found_inf, device)
-                lr = _scalar(group["lr"], device)
-                if self._uses_kernels(device):
-                    params = self._launch(group, params, lr, scale, found)
-                if params:
-                    found = None if found is None else found != 0
-                    self._update(group, params, lr, scale, found)
+        # everything is checked before anything changes
+        work = [
+            self._ready(i, group) or partial(self._group_step, group, self._buckets(group))
+            for i, group in enumerate(self.param_groups)
+        ]
+        for group_step in work:
+            group_step(grad_scale, found_inf)
         return loss
+
+    _profiled_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
+
+    def _ready(self, index: int, group: dict[str, Any]) -> GroupStep | None:
+        """The step of a group at once, where all checks of the last one still hold."""
+        return None
+
+    @torch.no_grad()
+    def _group_step(
+        self,
+        group: dict[str, Any],
+        buckets: dict[torch.device, list[Tensor]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        for device, params in buckets.items():
+            scale, found = scalar(grad_scale, device), scalar(found_inf, device)
+            lr = scalar(group["lr"], device)
+            if self._uses_kernels(device):
+                params = self._launch(group, params, lr, scale, found)
+            if params:
+                found = None if found is None else found != 0
+                self._update(group, params, lr, scale, found)
 
     def _buckets(self, group: dict[str, Any]) -> dict[torch.device, list[Tensor]]:
         """The parameters of a group that have a gradient, by device."""
@@ -320,7 +357,18 @@ class DeviceOptimizer(torch.optim.Optimizer):
             hook(self)
 
 
-def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
+def _observed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a profiler or a hook wants to see the step."""
+    return bool(
+        torch.autograd._profiler_enabled()
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+
+
+def scalar(value: Tensor | None, device: torch.device) -> Tensor | None:
     """A one-element tensor as 0-dim on `device`."""
     if value is None or (value.ndim == 0 and value.device == device and not value.requires_grad):
         return value

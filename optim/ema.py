@@ -96,6 +96,8 @@ class EMA:
         if self._applied:
             raise RuntimeError("EMA.update() was called while the averages are applied")
         moved, self._moved = self._moved, set()
+        if len(moved) == len(self.params):
+            return
         rest = {name: param for name, param in self.params.items() if name not in moved}
         if rest and found_inf is not None:
             found_inf = found_inf.reshape(()) != 0

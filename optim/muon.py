@@ -8,16 +8,17 @@ arXiv:2502.16982.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from optim.adam_atan2 import adam_atan2_update
-from optim.adam_like import AdamLike
+from optim.adam_like import AdamLike, Bucket, Plan, same_order
 from optim.adamw import adamw_update
 from optim.base import Fused, Params, work_dtype
-from optim.orthogonal import COEFFICIENTS, Coefficients, newton_schulz
+from optim.orthogonal import COEFFICIENTS, Coefficients, iterations, newton_schulz
 from optim.partition import partition_parameters
 
 Scaling = Literal["moonlight", "keller"]
@@ -142,27 +143,30 @@ class Muon(AdamLike):
         super().__init__(params, defaults, fused)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, split into groups of one `kind` and number of `pieces` each."""
+        """Add parameters, split into a group of each `kind`, with the `pieces` of each matrix."""
         if "kind" in param_group:
-            super().add_param_group({"pieces": 1, **param_group})
+            super().add_param_group({"pieces": None, **param_group})
             return
         items = param_group["params"]
         items = [items] if isinstance(items, Tensor) else list(items)
         named = [item if isinstance(item, tuple) else ("", item) for item in items]
         split = param_group.get("split_fused", self.defaults["split_fused"])
-        groups: dict[tuple[str, int], list[Any]] = {}
+        groups: dict[str, list[Any]] = {}
+        pieces: list[int] = []
         # What is no tensor, or appears twice, is named by the check of the base class.
         sound = all(isinstance(p, Tensor) for _, p in named)
         sound = sound and len({id(p) for _, p in named}) == len(named)
         parts = partition_parameters(named) if sound else []
         for item, part in zip(items, parts, strict=False):
             muon = part.role not in _TO_ADAM and part.param.ndim == 2
-            key = ("muon", part.pieces if split else 1) if muon else ("adam", 1)
-            groups.setdefault(key, []).append(item)
+            groups.setdefault("muon" if muon else "adam", []).append(item)
+            if muon:
+                pieces.append(part.pieces if split else 1)
         before = len(self.param_groups)
         try:
-            for (kind, pieces), some in (groups or {("adam", 1): items}).items():
-                group = {**param_group, "params": some, "kind": kind, "pieces": pieces}
+            for kind, some in (groups or {"adam": items}).items():
+                own = pieces if kind == "muon" else None
+                group = {**param_group, "params": some, "kind": kind, "pieces": own}
                 super().add_param_group(group)
         except (TypeError, ValueError):
             del self.param_groups[before:], self._lr_tensors[before:]
@@ -179,6 +183,7 @@ class Muon(AdamLike):
         for name, allowed in choices.items():
             if group[name] not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")
+        self._check_pieces(group)
         if not 0.0 <= group["momentum"] < 1.0:
             raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
         if group["ns_steps"] < 1:
@@ -186,15 +191,35 @@ class Muon(AdamLike):
         if not group["adam_lr_scale"] >= 0.0:
             raise ValueError(f"adam_lr_scale must be at least 0, got {group['adam_lr_scale']}")
 
+    @staticmethod
+    def _check_pieces(group: dict[str, Any]) -> None:
+        """Raise ValueError unless there is a fitting number of pieces for every matrix."""
+        if group["kind"] != "muon" or group["pieces"] is None:
+            return
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        params = [p[1] if isinstance(p, tuple) else p for p in params]
+        if len(group["pieces"]) != len(params):
+            raise ValueError(
+                f"pieces must give one number per parameter, got {len(group['pieces'])} for "
+                f"{len(params)} parameters"
+            )
+        for p, n in zip(params, group["pieces"], strict=True):
+            # a saved state has numbers in place of its parameters
+            if n < 1 or (isinstance(p, Tensor) and p.shape[0] % n):
+                shape = tuple(p.shape) if isinstance(p, Tensor) else "that was saved"
+                raise ValueError(f"a matrix {shape} has no {n} equal pieces")
+
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["kind"] == "muon" else self.moments
 
     # The half that is Adam
 
     def _kernel_rule(self, group: dict[str, Any]) -> tuple[str, dict[str, float]]:
+        scale = {"lr_scale": group["adam_lr_scale"]}
         if group["adam"] == "adamw":
-            return "adamw", {"eps": group["eps"]}
-        return "atan2_outside", {}
+            return "adamw", {"eps": group["eps"], **scale}
+        return "atan2_outside", scale
 
     def _launch(
         self,
@@ -204,9 +229,39 @@ class Muon(AdamLike):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> list[Tensor]:
-        if group["kind"] == "muon":
-            return params
-        return super()._launch(group, params, _adam_lr(group, lr), grad_scale, found_inf)
+        if group["kind"] == "adam":
+            return super()._launch(group, params, lr, grad_scale, found_inf)
+        from optim.kernels.muon_launch import Options
+
+        plan = self._plan_of(params, partial(self._plan_muon, group))
+        rows, safety = iterations(group["coefficients"], group["ns_steps"])
+        for bucket in plan.buckets:
+            rate = self.ema.begin_fused(bucket.names) if bucket.names else 1.0
+            options = Options(
+                *(float(group["momentum"]), group["nesterov"], float(group["weight_decay"])),
+                *(tuple(rows), safety, 1.0 - rate),
+            )
+            grads = [same_order(p.grad, p) for p in bucket.params]
+            bucket.launch.run(grads, options, lr, grad_scale, found_inf)
+        self._remember(group, plan, lr)
+        return plan.rest
+
+    def _plan_muon(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
+        from optim.kernels.muon_launch import MuonLaunch, supported
+
+        pieces = _pieces(group)
+        taken = [p for p in params if supported(p, pieces[id(p)])]
+        buckets = []
+        for some, names, shadows in self._split(taken):
+            own = [pieces[id(p)] for p in some]
+            sizes = [
+                update_scale(p.shape[0] // n, p.shape[1], group["scaling"])
+                for p, n in zip(some, own, strict=True)
+            ]
+            launch = MuonLaunch(some, [self.state[p] for p in some], own, sizes, shadows)
+            buckets.append(Bucket(some, names, launch))
+        here = set(map(id, taken))
+        return Plan(params, self.ema, buckets, [p for p in params if id(p) not in here])
 
     def _rule(
         self,
@@ -242,8 +297,9 @@ class Muon(AdamLike):
             found_inf = None
         ahead = [self._momentum(group, p, grad_scale, found_inf) for p in params]
         batches: dict[tuple[Any, ...], list[int]] = {}
+        pieces = _pieces(group)
         for i, (p, u) in enumerate(zip(params, ahead, strict=True)):
-            rows, columns = p.shape[0] // group["pieces"], p.shape[1]
+            rows, columns = p.shape[0] // pieces[id(p)], p.shape[1]
             key = (min(rows, columns), max(rows, columns), u.dtype)
             batches.setdefault(key, []).append(i)
         for rows in batches.values():
@@ -271,8 +327,8 @@ class Muon(AdamLike):
         found_inf: Tensor | None,
     ) -> None:
         """Orthogonalize matrices of one shape (or its transpose) as one batch; update `params`."""
-        pieces = group["pieces"]
-        stacks = [u.reshape(pieces, -1, u.shape[1]) for u in ahead]
+        pieces = [_pieces(group)[id(p)] for p in params]
+        stacks = [u.reshape(n, -1, u.shape[1]) for n, u in zip(pieces, ahead, strict=True)]
         wide = [s.shape[1] <= s.shape[2] for s in stacks]
         x = torch.cat([s if w else s.mT for s, w in zip(stacks, wide, strict=True)])
         x = newton_schulz(x, group["ns_steps"], coefficients=group["coefficients"])
@@ -281,6 +337,12 @@ class Muon(AdamLike):
             size = lr * update_scale(*s.shape[1:], group["scaling"])
             new = (p.to(s.dtype) * (1.0 - lr * group["weight_decay"]) - size * o).to(p.dtype)
             p.copy_(new if found_inf is None else torch.where(found_inf, p, new))
+
+
+def _pieces(group: dict[str, Any]) -> dict[int, int]:
+    """Number of pieces by the id of a parameter."""
+    pieces = group["pieces"] or [1] * len(group["params"])
+    return {id(p): n for p, n in zip(group["params"], pieces, strict=True)}
 
 
 def _adam_lr(group: dict[str, Any], lr: Tensor) -> Tensor:

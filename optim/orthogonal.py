@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from optim.kernels import available
+
 Coefficients = Literal["quintic", "polar_express"]
 
 # X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X, one row per iteration; the last one repeats.
@@ -35,6 +37,18 @@ def work_dtype(matrix: Tensor) -> torch.dtype:
     return torch.bfloat16 if matrix.is_cuda else torch.float32
 
 
+def iterations(coefficients: Coefficients, steps: int) -> tuple[list[tuple[float, ...]], float]:
+    """a, b, c of every iteration, and by how much more than its norm a matrix is divided."""
+    table, safety = COEFFICIENTS[coefficients], _SAFETY[coefficients]
+    rows = []
+    for k in range(steps):
+        a, b, c = table[min(k, len(table) - 1)]
+        if k < len(table) - 1:
+            a, b, c = a / safety, b / safety**3, c / safety**5
+        rows.append((a, b, c))
+    return rows, safety
+
+
 @torch.no_grad()
 def newton_schulz(
     matrix: Tensor,
@@ -42,6 +56,7 @@ def newton_schulz(
     *,
     coefficients: Coefficients = "quintic",
     dtype: torch.dtype | None = None,
+    fused: Literal["off", "auto", "on"] = "auto",
 ) -> Tensor:
     """U Vᵀ of the singular value decomposition U S Vᵀ, up to the accuracy of the iteration.
 
@@ -50,6 +65,8 @@ def newton_schulz(
         steps: iterations, of two symmetric and one rectangular product each.
         coefficients: "quintic" (Muon's own) or "polar_express" (closer to orthogonal).
         dtype: of the products, see `work_dtype`.
+        fused: Triton kernels, which compute symmetric products once: "auto" on CUDA where Triton is
+            installed and `dtype` is bfloat16, "off", or "on" (the interpreter on the CPU).
 
     Returns:
         The shape of `matrix`, in the dtype of the products. Zero gives zero.
@@ -59,18 +76,31 @@ def newton_schulz(
     """
     if matrix.ndim < 2 or steps < 1:
         raise ValueError(f"need a matrix and steps >= 1, got shape {tuple(matrix.shape)}, {steps}")
-    table, safety = COEFFICIENTS[coefficients], _SAFETY[coefficients]
+    rows, safety = iterations(coefficients, steps)
+    dtype = dtype or work_dtype(matrix)
+    if _fusable(matrix, dtype, fused):
+        from optim.kernels.ns_batch import orthogonalize
+
+        flat = matrix.reshape(-1, *matrix.shape[-2:]).contiguous()
+        result = orthogonalize(flat, rows, safety)
+        if result is not None:
+            return result.view(matrix.shape)
     wide = matrix.shape[-2] <= matrix.shape[-1]
     x = matrix if wide else matrix.mT
     shape = x.shape
     size = torch.linalg.matrix_norm(x.to(torch.promote_types(x.dtype, torch.float32)), keepdim=True)
-    x = (x / (size * safety + 1e-7)).to(dtype or work_dtype(matrix)).reshape(-1, *shape[-2:])
-    for k in range(steps):
-        a, b, c = table[min(k, len(table) - 1)]
-        if k < len(table) - 1:
-            a, b, c = a / safety, b / safety**3, c / safety**5
+    x = (x / (size * safety + 1e-7)).to(dtype).reshape(-1, *shape[-2:])
+    for a, b, c in rows:
         gram = x @ x.mT  # (batch, rows, rows)
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, poly, x, beta=a)
     x = x.reshape(shape)
     return x if wide else x.mT
+
+
+def _fusable(matrix: Tensor, dtype: torch.dtype, fused: str) -> bool:
+    if fused == "off" or matrix.dtype == torch.float64 or not available():
+        return False
+    if matrix.is_cuda:
+        return dtype == torch.bfloat16
+    return fused == "on" and dtype == torch.float32

@@ -14,14 +14,11 @@ import pytest
 import torch
 
 from models import ACT, ARCHITECTURES, ModelDims, act_loss, build_model
-from models.legacy import from_reference, our_name
+from models.legacy import describe, from_reference, our_name, reference_fields, to_reference
 from optim import AdamATan2, SparseSignSGD
 
 GOLDENS = Path(os.environ.get("GOLDENS_DIR", Path(__file__).parent / "goldens"))
 FILES = sorted(GOLDENS.glob("*.npz"))
-# The goldens' `arch` names, as far as their architecture exists here already.
-NAMES = {"trm_att": "trm", "trm_mlp": "trm", "trm_learned": "trm", "trm": "trm"}
-FILES = [f for f in FILES if json.loads(bytes(np.load(f)["config"]))["arch"] in NAMES]
 TOLERANCE = 1e-6  # of the array's largest magnitude; float32 storage of states costs 6e-8
 
 
@@ -39,16 +36,21 @@ class Golden:
         self.arrays = np.load(path)
         self.config = c = json.loads(bytes(self.arrays["config"]))
         self.train = c["train"]
-        arch = NAMES[c["arch"]]
-        config_class = ARCHITECTURES[arch]
-        given = {k: v for k, v in c.items() if k in config_class.model_fields and k != "name"}
-        given["puzzle_emb_len"] = c.get("puzzle_emb_len", 0) or "auto"
-        given["mixer"] = "mlp" if c.get("mlp_t") else "attention"
-        given["no_act_continue"] = c.get("no_ACT_continue", True)
+        family = c["arch"].partition("_")[0]  # trm_att, trm_mlp and trm_learned are one class
+        given = reference_fields(c, family)
         given["loss"] = {"kind": self.train["loss"].removesuffix("_cross_entropy")}
+        if "step0/metrics/q_continue_loss" not in self.arrays:  # the baseline does not learn it
+            given["loss"]["continue_weight"] = 0
         self.dims = ModelDims(c["seq_len"], c["vocab_size"], c["num_puzzle_identifiers"])
-        model = build_model(config_class(**given), self.dims, seed=0, device=torch.device("cpu"))
-        model.load_state_dict(from_reference(self.tensors("init/")), strict=True)
+        model = build_model(
+            ARCHITECTURES[family](**given), self.dims, seed=0, device=torch.device("cpu")
+        )
+        weights = from_reference(self.tensors("init/"))
+        model.load_state_dict(weights, strict=True)
+        assert to_reference(weights).keys() == self.tensors("init/").keys()
+        assert describe(weights, c)[0] == family
+        assert describe(weights, c)[1].items() >= {k: v for k, v in given.items() if k != "loss"
+                                                   and k != "expansion"}.items()  # fmt: skip
         self.act = ACT(model)
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:

@@ -105,7 +105,7 @@ def check_override(override: Override, schema: type[BaseModel]) -> None:
             f"{nearest(str(override.get_value_element_as_str()), choices(section))}"
         )
     groups = [g for g in GROUPS if g in schema.model_fields]
-    if "arch" in groups:  # a whole run: an experiment may be laid over it
+    if "optim" in groups:  # a whole run: an experiment may be laid over it
         groups.append("experiment")
     if key in groups and (override.is_add() or override.is_force_add()):
         raise ConfigError(f"'{override.input_line}': leave out the +, as in {key}=NAME")

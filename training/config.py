@@ -99,6 +99,13 @@ class RunConfig(Section):
         0, ge=0, le=256, description="processes that load data; 0: loaded on the device itself"
     )
 
+    kernels: Literal["auto", "off"] = Field(
+        "auto", description="fused Triton kernels of the model; auto: CUDA in half precision"
+    )
+    cuda_graph: Literal["auto", "off"] = Field(
+        "auto", description="the step as one CUDA graph; auto: on CUDA"
+    )
+
     log_interval: Steps = Field(10, ge=1, description="steps between log lines")
     eval_interval: Steps | None = Field(None, ge=1, description="steps; null: at the end only")
     checkpoint_interval: Steps | None = Field(None, ge=1, description="null: eval_interval")
@@ -110,7 +117,7 @@ class RunConfig(Section):
     runs_dir: str = Field("runs", min_length=1, description="where run folders go")
     datasets_dir: str = Field("datasets", min_length=1, description="where built data go")
     load_checkpoint: str | None = Field(
-        None, min_length=1, description="run folder, checkpoint, weights file, or latest"
+        None, min_length=1, description="run folder, checkpoint, file, hf:OWNER/NAME, or latest"
     )
 
 
@@ -125,7 +132,10 @@ class EvaluateConfig(Section):
     """One evaluation of a checkpoint."""
 
     checkpoint: str | None = Field(
-        None, min_length=1, description="run folder, checkpoint, or latest"
+        None, min_length=1, description="run folder, checkpoint, converted file, hf:…, or latest"
+    )
+    arch: Annotated[dict[str, Any] | None, KeysOf(ARCHITECTURES)] = Field(
+        None, description="keys on top of the checkpoint's, such as arch.halt_max_steps"
     )
     data: Annotated[dict[str, Any] | None, KeysOf(DATASETS)] = Field(
         None, description="test data: a preset, or keys on top of the checkpoint's; null: its own"
@@ -163,14 +173,16 @@ def _sentence(schema: type[Section], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     tables = {"arch": ARCHITECTURES, "optim": OPTIMIZERS, "data": DATASETS}
     path = [str(part) for part in first["loc"]]
+    keys = known_keys(schema) - _NAMES
     if len(path) > 1 and path[0] in tables and path[1] in tables[path[0]]:
+        keys = known_keys(tables[path[0]][path[1]], f"{path[0]}.") - _NAMES
         del path[1]  # the union's tag
     path = [p for p in path if not p.startswith(("tuple[", "list[", "literal[", "function-"))]
     if len(path) > 1 and path[-1] in ("int", "str", "float"):
         del path[-1]  # a member of a union
     key, given, kind = ".".join(path) or "the configuration", first.get("input"), first["type"]
     if kind == "extra_forbidden":
-        return f"there is no key {key}{nearest(key, known_keys(schema) - {key, *_NAMES})}"
+        return f"there is no key {key}{nearest(key, keys - {key})}"
     if kind == "missing":
         return f"{key} is missing; give it a value"
     if kind.startswith("union_tag"):

@@ -7,11 +7,16 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
+from models import kernels
 from training.config import RunConfig
 from training.errors import ConfigError, TrainingFailed
+
+if TYPE_CHECKING:
+    from training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +68,17 @@ def wants_compile(setting: str, device: torch.device) -> bool:
     return setting == "on" or (setting == "auto" and device.type == "cuda" and has_triton)
 
 
+def prepare_execution(state: TrainState, config: RunConfig) -> None:
+    """How the steps of `state` will run: fused kernels, compiled levels, a CUDA graph."""
+    if config.kernels == "off":
+        kernels.switch_off()
+    if wants_compile(config.compile, state.device):
+        configure_compiler()
+        state.model.compile_levels()
+    if config.cuda_graph == "auto" and state.device.type == "cuda":
+        state.use_graph()
+
+
 def configure_compiler() -> None:
     """Compiled kernels whose choice does not depend on timing, so that a resume is exact."""
     import torch._dynamo
@@ -79,8 +95,9 @@ def configure_compiler() -> None:
 def memory_advice(config: RunConfig) -> Iterator[None]:
     """Turn running out of memory into one sentence that says which settings to change."""
     advice = (
-        f"lower global_batch_size ({config.global_batch_size}), raise grad_accum "
-        f"({config.grad_accum}), or lower arch.hidden_size ({config.arch.hidden_size})"
+        f"set arch.grad_checkpoint=block ({config.arch.grad_checkpoint}), lower global_batch_size "
+        f"({config.global_batch_size}), raise grad_accum ({config.grad_accum}), or lower "
+        f"arch.hidden_size ({config.arch.hidden_size})"
     )
     try:
         yield

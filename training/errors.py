@@ -53,10 +53,11 @@ def fail(message: str, exit_code: int = EXIT_BAD_INPUT) -> None:
 def reported() -> Iterator[None]:
     """Turn an error that the user can mend into one sentence and its exit code."""
     from data import DataError
+    from models import ModelError
 
     try:
         yield
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, ModelError) as error:
         fail(str(error), getattr(error, "exit_code", EXIT_BAD_INPUT))
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)

@@ -20,11 +20,10 @@ from data import read_dataset
 from training import checkpoint
 from training.device import (
     choose_device,
-    configure_compiler,
     device_name,
     memory_advice,
+    prepare_execution,
     set_determinism,
-    wants_compile,
 )
 from training.errors import TrainingFailed
 from training.evaluation import SetReport, evaluate, table
@@ -85,9 +84,7 @@ class Trainer:
         describe(run.run_dir, config)
         self.datasets = {s: read_dataset(run.dataset_path, s) for s in ("train", "test")}
         self.state = TrainState(run, self.datasets["train"], device)
-        if wants_compile(config.compile, device):
-            configure_compiler()
-            self.state.model.compile_levels()
+        prepare_execution(self.state, config)
         self._announce(device)
         self.best = -math.inf
         self.saved_step: int | None = None
@@ -103,7 +100,7 @@ class Trainer:
             if (checkpoint.folder(run.run_dir) / checkpoint.name(self.state.step)).exists():
                 self.saved_step = self.state.step
         elif isinstance(run.resume, WarmStart):
-            self.state.warm_start(run.resume)
+            self.state.warm_start(run.resume, run.dataset_path)
         self.logger = RunLogger(run, self.state.step)
         self.reports: dict[str, SetReport] = {}
         self.evaluated_step: int | None = None
@@ -191,6 +188,8 @@ class Trainer:
         rates = learning_rates(config, state.step, run.total_steps)
         metrics |= {"train/lr": rates[config.optim.name]}
         metrics |= {"examples_per_second": rows / elapsed, "train_seconds": self.seconds}
+        if state.loss_scale is not None:
+            metrics |= {"loss_scale": float(state.loss_scale.scale)}
         metrics |= {"nonfinite_steps": nonfinite, "epoch": state.step * config.global_batch_size
                     / run.info.num_train_examples}  # fmt: skip
         self.logger.log(state.step, metrics)

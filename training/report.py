@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data import DatasetConfig, DatasetInfo, dataset_info
 from models import ModelDims
+from models.files import HUB
 from training import checkpoint
 from training.config import EvaluateConfig, RunConfig, validate, validate_data
 from training.errors import ConfigError
 from training.resolve import World, check_device
-from training.resume import Resume, find_checkpoint
+from training.resume import Resume, WarmStart, find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class ResolvedEvaluation:
 
     config: EvaluateConfig
     trained: RunConfig
-    checkpoint: Resume
+    checkpoint: Resume | WarmStart
     dims: ModelDims
     dataset_path: Path
     info: DatasetInfo
@@ -49,28 +50,34 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     if config.checkpoint is None:
         raise ConfigError("checkpoint is missing; give checkpoint=runs/NAME, or checkpoint=latest")
     found = find_checkpoint(config.checkpoint, Path(config.runs_dir))
-    if not isinstance(found, Resume):
-        raise ConfigError(
-            f"checkpoint={config.checkpoint} is a bare file of weights, which does not say what "
-            "model it belongs to; give a run folder or a folder checkpoints/step_N"
-        )
-    if config.which == "best":
-        found = _best(found)
-    trained: RunConfig = validate(RunConfig, found.index["config"])
-    if config.weights == "ema" and "ema.safetensors" not in found.index["files"]:
-        raise ConfigError(f"{found.path} has no EMA weights; use weights=model")
+    if isinstance(found, Resume):
+        trained, dims = _of_checkpoint(config, found)
+        if config.which == "best":
+            found = _best(found)
+            trained, dims = _of_checkpoint(config, found)
+    else:
+        trained, dims = _of_file(config, found)
     check_device(config.device)
-    output_dir = Path(config.output_dir) if config.output_dir else found.run_dir
+    there = found.run_dir if isinstance(found, Resume) else found.path.parent
+    if config.checkpoint.startswith(HUB):
+        there = Path()  # not among the downloads
+    output_dir = Path(config.output_dir) if config.output_dir else there
     _require_writable(output_dir)
-    data = _test_data(config, found)
+    data = _test_data(config, trained)
     data.check()
     dataset_path = data.prepare(Path(config.datasets_dir))
     info = dataset_info(dataset_path)
-    dims = ModelDims(**found.index["dims"])
+    if not dims.seq_len:  # a file of an ancestor does not tell
+        dims = replace(dims, seq_len=info.seq_len)
     if (info.seq_len, info.vocab_size) != (dims.seq_len, dims.vocab_size):
         raise ConfigError(
             f"{dataset_path} does not fit {found.path}: it has {info.seq_len} tokens of a "
             f"vocabulary of {info.vocab_size}, the model {dims.seq_len} of {dims.vocab_size}"
+        )
+    if trained.arch.prefix_len and info.num_puzzle_ids > dims.num_puzzle_ids:
+        raise ConfigError(
+            f"{dataset_path} has {info.num_puzzle_ids} puzzle identifiers, but {found.path} has "
+            f"embeddings of {dims.num_puzzle_ids}"
         )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -89,12 +96,58 @@ def _require_writable(output_dir: Path) -> None:
         raise ConfigError(f"output_dir={output_dir}: {there} {state}; choose a writable folder")
 
 
-def _test_data(config: EvaluateConfig, found: Resume) -> DatasetConfig:
+def _of_checkpoint(config: EvaluateConfig, found: Resume) -> tuple[RunConfig, ModelDims]:
+    """How the checkpoint was trained, with the given keys of `arch` on top."""
+    if config.weights == "ema" and "ema.safetensors" not in found.index["files"]:
+        raise ConfigError(f"{found.path} has no EMA weights; use weights=model")
+    saved, given = found.index["config"], config.arch or {}
+    if "name" in given:
+        raise ConfigError(
+            f"arch={given['name']} is not possible: {found.path} says what its model is; give "
+            "single keys, such as arch.halt_max_steps"
+        )
+    arch = validate(RunConfig, saved).arch.portable().model_dump(mode="json")
+    trained: RunConfig = validate(RunConfig, {**saved, "arch": {**arch, **given}})
+    trained.arch.check_machine()
+    if fixed := sorted(given.keys() - trained.arch.tunable - {"forward_dtype"}):
+        raise ConfigError(f"arch.{fixed[0]} cannot differ from what {found.path} was trained with")
+    return trained, ModelDims(**found.index["dims"])
+
+
+def _of_file(config: EvaluateConfig, found: WarmStart) -> tuple[RunConfig, ModelDims]:
+    """What a file of weights tells of its model, with the given keys of `arch` below that."""
+    from models import ModelError, files
+    from models.pretrained import describe_file, make_config
+
+    given = dict(config.arch or {})
+    try:
+        if files.metadata(found.path) is None and not files.read_file(found.path).reference:
+            raise ConfigError(
+                f"checkpoint={found.path} is a bare file of weights, which does not say what model "
+                "it belongs to; give a run folder or a folder checkpoints/step_N"
+            )
+        name, fields, dims, _ = describe_file(found.path, config.weights)
+        if given.pop("name", name) != name:
+            raise ConfigError(f"{found.path} belongs to arch={name}; leave out the other")
+        arch = make_config(name, {**given, **fields}, found.path)
+        if silent := sorted(k for k in given if fields.get(k, given[k]) != given[k]):
+            shown = fields[silent[0]]
+            raise ConfigError(f"arch.{silent[0]}: {found.path} has {shown}, which cannot change")
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
+    if "name" not in (config.data or {}):
+        raise ConfigError(f"data is missing: {found.path} does not name any; give data=PRESET")
+    logger.info("%s is a %s: %s", found.path, name, arch.model_dump(mode="json"))
+    values = {"arch": arch.model_dump(mode="json"), "data": config.data}
+    return validate(RunConfig, {**values, "optim": {"name": "adam_atan2"}}), dims
+
+
+def _test_data(config: EvaluateConfig, trained: RunConfig) -> DatasetConfig:
     """The checkpoint's dataset; or the one given; or the former with the given keys on top."""
     values = config.data or {}
     if "name" in values:
         return validate_data(values).test_only()
-    data = validate_data({**found.index["config"]["data"], **values})
+    data = validate_data({**trained.data.model_dump(mode="json"), **values})
     return data.test_only() if values else data
 
 
@@ -110,6 +163,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     """Build the model, load its weights, evaluate, write the report; returns it."""
     from data import read_dataset
     from models import ACT, build_model
+    from models.pretrained import load_tensors
     from training.device import (
         choose_device,
         configure_compiler,
@@ -126,15 +180,13 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     set_determinism(device)
     with memory_advice(job.trained):
         model = build_model(job.trained.arch, job.dims, seed=0, device=device)
-        tensors = checkpoint.read_tensors(found.path, "model")
-        if config.weights == "ema":
-            tensors |= checkpoint.read_tensors(found.path, "ema")
-        model.load_state_dict(tensors)
+        model.load_state_dict(load_tensors(found.path, config.weights)[3])
         if wants_compile(config.compile, device):
             configure_compiler()
             model.compile_levels()
-        logger.info("checkpoint %s: step %d, %s weights", found.path, found.index["step"],
-                    config.weights.upper())  # fmt: skip
+        step = found.index["step"] if isinstance(found, Resume) else None
+        logger.info("checkpoint %s: step %s, %s weights", found.path,
+                    "unknown" if step is None else step, config.weights.upper())  # fmt: skip
         logger.info("device %s", device_name(device))
         with joined(job.world) as ranks:
             reports = evaluate(
@@ -149,7 +201,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
             )
     report = {
         "checkpoint": str(found.path),
-        "step": found.index["step"],
+        "step": step,
         "weights": config.weights,
         "dataset": str(job.dataset_path),
         "sets": {name: r.values() for name, r in reports.items()},

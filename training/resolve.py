@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data import DatasetInfo, dataset_info
-from models import ModelDims
+from data import DATASETS, DatasetInfo, dataset_info
+from models import ARCHITECTURES, ModelDims
+from optim import OPTIMIZERS
 from training.config import CheckpointKeys, RunConfig, validate
 from training.errors import ConfigError
 from training.resume import Resume, WarmStart, find_checkpoint, merge
@@ -120,6 +121,7 @@ def check(config: RunConfig, world: World) -> None:
         raise ConfigError("arch.forward_dtype=float64 does not exist on device=mps; use float32")
     check_device(config.device)
     check_causal(config, config.data.causal)
+    config.arch.check_machine()
     config.data.check()
 
 
@@ -154,6 +156,25 @@ def dims_of(info: DatasetInfo) -> ModelDims:
     return ModelDims(info.seq_len, info.vocab_size, info.num_puzzle_ids)
 
 
+def fitting(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`values` without an experiment's keys for another architecture, optimizer or dataset.
+
+    `experiment=quickstart arch=transformer` is possible, though one sets cycles and the other has
+    none. What the user wrote stays, to be refused.
+    """
+    given = {text.lstrip("+").partition("=")[0] for text in overrides}
+    fitted = dict(values)
+    for group, table in (("arch", ARCHITECTURES), ("optim", OPTIMIZERS), ("data", DATASETS)):
+        section = values.get(group)
+        own = table.get(section.get("name")) if isinstance(section, dict) else None
+        if own is not None:
+            others = {key for c in table.values() for key in c.model_fields} - {*own.model_fields}
+            fitted[group] = {
+                k: v for k, v in section.items() if k not in others or f"{group}.{k}" in given
+            }
+    return fitted
+
+
 def check_job(
     values: dict[str, Any], overrides: list[str]
 ) -> tuple[RunConfig, World, Resume | WarmStart | None]:
@@ -168,6 +189,7 @@ def check_job(
     found = None
     if keys.load_checkpoint is not None:
         found = find_checkpoint(keys.load_checkpoint, Path(keys.runs_dir))
+    values = fitting(values, overrides)
     if isinstance(found, Resume):
         found, values = merge(found, values, overrides)
     config = validate(RunConfig, values)

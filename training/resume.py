@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from data import DatasetConfig, DatasetInfo
+from models import files
 from training import checkpoint
 from training.config import RunConfig, validate
 from training.errors import ConfigError, nearest
@@ -77,8 +78,13 @@ class WarmStart:
 
 
 def find_checkpoint(text: str, runs_dir: Path) -> Resume | WarmStart:
-    """What `text` names: `latest`, a run folder, a checkpoint folder, or a weights file."""
-    path = _latest_run(runs_dir) if text == "latest" else Path(text).expanduser()
+    """What `text` names: `latest`, a run or checkpoint folder, a weights file, a hub's id."""
+    if text.startswith(files.HUB):
+        path = files.from_hub(text)
+    else:
+        path = _latest_run(runs_dir) if text == "latest" else Path(text).expanduser()
+    if not (path / "config.yaml").exists() and path.is_dir():
+        path = files.newest_file(path) or path  # a run folder of the ancestors
     if path.is_file():
         check_weights_file(path)
         return WarmStart(path)
@@ -114,7 +120,8 @@ def merge(
     saved = found.index["config"]
     merged = {**saved, "load_checkpoint": values["load_checkpoint"]}
     for key in explicit_keys(overrides):
-        merged = _assign(merged, values, key.split("."))
+        if _has(values, key.split(".")):  # an experiment's key for another preset is gone
+            merged = _assign(merged, values, key.split("."))
     old = validate(RunConfig, saved)
     new = validate(RunConfig, merged)
     differences = _differences(old.model_dump(), new.model_dump())
@@ -160,6 +167,14 @@ def _leaves(tree: dict[str, Any], prefix: str) -> list[str]:
     for key, value in tree.items():
         keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
     return keys
+
+
+def _has(values: Any, path: list[str]) -> bool:
+    for key in path:
+        if not isinstance(values, dict) or key not in values:
+            return False
+        values = values[key]
+    return True
 
 
 def _assign(target: dict[str, Any], source: dict[str, Any], path: list[str]) -> dict[str, Any]:

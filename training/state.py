@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data import PuzzleDataset, make_train_loader
 from models import ACT, Carry, build_model
+from models.files import identifiers
+from models.legacy import resize_puzzles
 from optim import EMA, SparseSignSGD
 from optim.base import DeviceOptimizer
 from training.checkpoint import read_tensors
 from training.errors import ConfigError
+from training.graph import GraphedWork
+from training.loss_scale import LossScale
 from training.resolve import ResolvedRun
 from training.resume import Resume, WarmStart
 from training.weights import read_weights
@@ -50,6 +55,8 @@ class TrainState:
             )
         self._check_ownership(config.freeze_weights)
         self.ema = EMA(model.named_parameters(), config.ema_rate) if config.ema else None
+        if self.ema is not None:
+            self.ema.attach(*self.optimizers.values())
         self.loader = make_train_loader(
             dataset,
             num_workers=config.num_workers,
@@ -60,13 +67,24 @@ class TrainState:
             world_size=run.world.size,
             device=device,
         )
-        self.carry: Carry = self.act.initial_carry(self.loader.batch(0))
+        self.incoming = self.loader.batch(0)  # where the next step finds its batch
+        self.carry: Carry = self.act.initial_carry(self.incoming)
         self.step_counter = torch.zeros((), dtype=torch.int64, device=device)  # the step, there
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)  # steps held back
+        half = model.embedding.dtype == torch.float16
+        self.loss_scale = LossScale(device) if half else None
+        self.graph: GraphedWork | None = None
         self.sums = {name: torch.zeros((), device=device) for name in SUMS}  # since the last log
         self.row_numbers = torch.arange(
             self.loader.local.start, self.loader.local.stop, device=device
         )
+
+    def use_graph(self) -> None:
+        """From now on steps run in a CUDA graph, for which gradients keep their addresses."""
+        self.graph = GraphedWork(self.device)
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)
 
     def _check_ownership(self, frozen: bool) -> None:
         owned = [p for o in self.optimizers.values() for g in o.param_groups for p in g["params"]]
@@ -86,6 +104,8 @@ class TrainState:
         carry |= {"steps": self.carry.steps, "halted": self.carry.halted}
         carry |= {f"sums.{k}": v for k, v in self.sums.items()}
         carry["nonfinite"] = self.nonfinite
+        if self.loss_scale is not None:
+            carry |= self.loss_scale.tensors()
         files = {
             "model": self.model.state_dict(),
             "optimizer": self._optimizer_tensors(),
@@ -123,14 +143,32 @@ class TrainState:
         if not resume.changes:
             logger.info("  no setting was changed")
 
-    def warm_start(self, start: WarmStart) -> None:
-        """Take the weights, and nothing else, from a file."""
-        saved = read_weights(start.path)
-        own = self.model.state_dict()
-        _copy_all(own, saved, str(start.path))
+    def warm_start(self, start: WarmStart, dataset: Path) -> None:
+        """Take the weights, and nothing else, from a file.
+
+        Puzzle embeddings of another dataset are kept where both datasets name their puzzles
+        (`identifiers.json` beside the file and in the folder `dataset`), else they start from
+        their mean. An average in the file becomes the average here.
+        """
+        state = read_weights(start.path)
+        own, name = self.model.state_dict(), "embedding.puzzles"
+        for tensors in filter(None, (state.weights, state.average)):
+            table = tensors.get(name)
+            if table is None or name not in own or table.ndim != 2 or len(table) == len(own[name]):
+                continue
+            there, here = identifiers(start.path.parent), identifiers(dataset)
+            tensors[name] = resize_puzzles(table, len(own[name]), there, here)
+            kept = len(set(there or ()) & set(here or ()))
+            logger.info("%d puzzle embeddings in %s, %d here: %d kept by name, the others start "
+                        "from the mean", len(table), start.path, len(own[name]), kept)  # fmt: skip
+        _copy_all(own, state.weights, str(start.path))
         if self.ema is not None:
-            self.ema.load_state_dict({k: own[k] for k in self.ema.shadow})
-        logger.info("warm start: weights from %s, everything else new, at step 0", start.path)
+            average = {**own, **(state.average or {})}
+            shadow = {k: average[k] for k in self.ema.shadow}
+            _copy_all(self.ema.shadow, shadow, f"{start.path} (its average)")
+        logger.info("warm start: weights%s from %s%s, everything else new, at step 0",
+                    " and average" if state.average and self.ema else "", start.path,
+                    "" if state.step is None else f" (saved after step {state.step})")  # fmt: skip
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models import Carry, act_loss, counter_uniform
-from optim import clip_scale, global_grad_norm, learning_rate
+from optim import clip_scale, learning_rate
 from training.config import RunConfig
 from training.state import TrainState
 
@@ -36,10 +36,29 @@ def train_step(state: TrainState, config: RunConfig, total_steps: int) -> None:
     embedding: a flag on the device holds all of them. With on_nonfinite=stop the state stays
     frozen from then on; with skip every row starts anew on fresh data.
     """
+    load_step(state, config, total_steps)
+    if state.graph is None:
+        advance(state, config)
+    else:
+        state.graph.run(state.model.schedule, lambda: advance(state, config))
+
+
+def load_step(state: TrainState, config: RunConfig, total_steps: int) -> None:
+    """The host's part: the batch and the learning rates of the next step go to the device."""
     batch = state.loader.batch(state.step)
+    for name, tensor in state.incoming.items():
+        tensor.copy_(batch[name], non_blocking=True)
     state.step += 1
+    state.model.set_progress(state.step / total_steps)
+    rates = learning_rates(config, state.step, total_steps)
+    for name, optimizer in state.optimizers.items():
+        optimizer.set_lr(rates[name])
+
+
+def advance(state: TrainState, config: RunConfig) -> None:
+    """The device's part, on fixed addresses: it can be captured in a CUDA graph."""
     state.step_counter += 1
-    carry = state.act.refill(state.carry, batch)
+    carry = state.act.refill(state.carry, state.incoming)
     draws = counter_uniform(config.seed, state.step_counter, state.row_numbers, streams=2)
     parts, losses, sums, finite = [], [], {}, []
     rows_per_part = draws.shape[1] // config.grad_accum
@@ -51,14 +70,18 @@ def train_step(state: TrainState, config: RunConfig, total_steps: int) -> None:
         finite.append(embedding_ok)
         sums = {k: sums[k] + v if k in sums else v for k, v in metrics.items()}
 
-    norm = global_grad_norm([p for p in state.model.parameters() if p.grad is not None])
+    norm, scale = _norm_and_scale(state, config)
     finite += [torch.isfinite(norm), torch.isfinite(sum(losses))]
     bad = ~torch.stack(finite).all()
+    counted = bad
+    if state.loss_scale is not None:  # an overflow lowers the scale; it counts if that cannot help
+        counted = state.loss_scale.update(bad)
     if config.on_nonfinite == "stop":
-        bad = bad | (state.nonfinite > 0)
-    state.nonfinite += bad
-    _update_weights(state, config, norm, bad, total_steps)
-    state.carry = _hold(bad, carry, _join(parts))
+        stopped = state.nonfinite > 0
+        bad, counted = bad | stopped, counted | stopped
+    state.nonfinite += counted
+    _update_weights(state, scale, bad)
+    _keep(state.carry, bad, carry, _join(parts))
     with torch.no_grad():
         for name, value in {**sums, "grad_norm": norm, "train_steps": 1}.items():
             state.sums[name] += torch.where(bad, 0, value) if name in LOGGED_IF_GOOD else value
@@ -81,7 +104,10 @@ def _forward_backward(
         puzzle_rows = puzzle_rows.detach().requires_grad_()
     part, output = state.act(part, puzzle_rows, draws[:, rows])
     loss, metrics = act_loss(part, output, config.arch.loss)
-    (loss / config.global_batch_size).backward()
+    scaled = loss / config.global_batch_size
+    if state.loss_scale is not None:
+        scaled = scaled * state.loss_scale.scale
+    scaled.backward()
     finite = torch.ones((), dtype=torch.bool, device=state.device)
     if puzzle_rows is not None:
         sparse = state.optimizers["sparse_signsgd"]
@@ -90,18 +116,24 @@ def _forward_backward(
     return part, loss.detach(), metrics, finite
 
 
-def _update_weights(
-    state: TrainState, config: RunConfig, norm: Tensor, bad: Tensor, total_steps: int
-) -> None:
-    rates = learning_rates(config, state.step, total_steps)
+def _norm_and_scale(state: TrainState, config: RunConfig) -> tuple[Tensor, Tensor | None]:
+    """The norm of the weights' gradients, and what they are divided by to unscale and clip them."""
+    optimizer = state.optimizers.get(config.optim.name)
+    if optimizer is None:  # only puzzle embeddings are trained
+        return torch.zeros((), device=state.device), None
+    if state.loss_scale is None:
+        norm, scale = optimizer.clip(config.grad_clip_norm)
+        return norm, scale if config.grad_clip_norm > 0 else None
+    loss_scale = state.loss_scale.scale.clone()  # which this step may change
+    norm = optimizer.clip(0)[0] / loss_scale
+    return norm, loss_scale * clip_scale(norm, config.grad_clip_norm)
+
+
+def _update_weights(state: TrainState, scale: Tensor | None, bad: Tensor) -> None:
     found_inf = bad.to(torch.float32)
-    for name, optimizer in state.optimizers.items():
-        optimizer.set_lr(rates[name])
-        scale = None
-        if name != "sparse_signsgd" and config.grad_clip_norm > 0:
-            scale = clip_scale(norm, config.grad_clip_norm)
-        optimizer.step(grad_scale=scale, found_inf=found_inf)
-        optimizer.zero_grad(set_to_none=True)
+    for name, optimizer in state.optimizers.items():  # sparse_signsgd looks at signs only
+        optimizer.step(grad_scale=None if name == "sparse_signsgd" else scale, found_inf=found_inf)
+        optimizer.zero_grad(set_to_none=state.graph is None)
     if state.ema is not None:
         state.ema.update(found_inf)
 
@@ -126,11 +158,13 @@ def _join(parts: list[Carry]) -> Carry:
     )
 
 
-def _hold(bad: Tensor, before: Carry, after: Carry) -> Carry:
-    """`after`, or, where the step was bad, the latent states before it with every row halted."""
-    return Carry(
-        {k: torch.where(bad, before.state[k], v) for k, v in after.state.items()},
-        after.steps,
-        after.halted | bad,
-        after.batch,
-    )
+@torch.no_grad()
+def _keep(carry: Carry, bad: Tensor, before: Carry, after: Carry) -> None:
+    """Write `after` into `carry`; where the step was bad, the latent states stay as they were
+    before it, with every row halted."""
+    for name, tensor in carry.state.items():
+        torch.where(bad, before.state[name], after.state[name], out=tensor)
+    for name, tensor in carry.batch.items():
+        tensor.copy_(after.batch[name])
+    carry.steps.copy_(after.steps)
+    torch.logical_or(after.halted, bad, out=carry.halted)

@@ -10,8 +10,8 @@ from triton.language.extra import libdevice
 from optim.kernels.atan2 import atan2
 
 # Float64 numbers of a launch, in the order of `launch.numbers`.
-LOG1, LOG2, KEEP1, KEEP2, TAKE1, TAKE2, DECAY, EPS, A, B, EMA_TAKE = (
-    tl.constexpr(i) for i in range(11)
+LOG1, LOG2, KEEP1, KEEP2, TAKE1, TAKE2, DECAY, EPS, A, B, LR_SCALE, EMA_TAKE = (
+    tl.constexpr(i) for i in range(12)
 )
 
 
@@ -97,20 +97,22 @@ def _update(
         tl.store(e_ptr + offsets, tl.fma(take, rounded.to(tl.float32) - e, e), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["addresses", "lr_ptr", "scale_ptr", "found_ptr"],
+)
 def adam_kernel(
+    addresses,
+    lr_ptr,
+    scale_ptr,
+    found_ptr,
     chunk_tensor,
     chunk_index,
-    addresses,
     sizes,
     counts,
     tickets,
     ready,
     numbers,
     tensors,
-    lr_ptr,
-    scale_ptr,
-    found_ptr,
     RULE: tl.constexpr,
     DTYPE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -149,7 +151,7 @@ def adam_kernel(
             p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
             m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
             e_ptr = tl.multiple_of(e_ptr, 16)
-        lr = tl.load(lr_ptr).to(tl.float32)
+        lr = tl.load(lr_ptr).to(tl.float32) * tl.load(numbers + LR_SCALE).to(tl.float32)
         scale = 1.0
         if HAS_SCALE:
             scale = tl.load(scale_ptr).to(tl.float32)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from optim.kernels.adam import adam_kernel
+from optim.kernels.launcher import Launcher
 from optim.kernels.norm import norm_kernel
-from optim.kernels.table import TensorTable
+from optim.kernels.table import TensorTable, addresses_of
 from optim.kernels.tiles import tile_for
 
 DTYPES = {
@@ -34,6 +36,7 @@ def numbers(
     eps: float = 0.0,
     a: float = 1.0,
     b: float = 1.0,
+    lr_scale: float = 1.0,
     ema_rate: float = 1.0,
 ) -> tuple[float, ...]:
     """The numbers of `adam_kernel`, in its order.
@@ -43,7 +46,8 @@ def numbers(
     if rule == "adamw":
         betas = tuple(torch.tensor(betas, dtype=torch.float32).tolist())
     logs = [math.log(x) if x > 0.0 else -1e30 for x in betas]
-    return (*logs, *betas, *(1.0 - x for x in betas), weight_decay, eps, a, b, 1.0 - ema_rate)
+    tail = (weight_decay, eps, a, b, lr_scale, 1.0 - ema_rate)
+    return (*logs, *betas, *(1.0 - x for x in betas), *tail)
 
 
 class AdamLaunch:
@@ -65,16 +69,19 @@ class AdamLaunch:
         self.params, self.shadows = list(params), list(shadows or ())
         names = ("exp_avg", "exp_avg_sq", "step")
         self.kept = [[state[name] for state in states] for name in names]
-        self.fixed = [t.data_ptr() for column in self.kept for t in column]
+        self.moments = addresses_of([t for column in self.kept[:2] for t in column])
+        self.rest = addresses_of([*self.kept[2], *self.shadows])
         device = self.params[0].device
         self.tile = tile_for(device)
         self.table = TensorTable([p.numel() for p in self.params], self.tile.block, device)
         self.tickets = torch.zeros(len(self.params), dtype=torch.int32, device=device)
         self.ready = torch.zeros(len(self.params), 3, dtype=torch.float32, device=device)
         self.known: tuple[str, tuple[float, ...]] | None = None
-        self.numbers = torch.zeros(11, dtype=torch.float64, device=device)
-        self.flat: list[int] = []
+        self.numbers = torch.zeros(12, dtype=torch.float64, device=device)
+        self.pointers: tuple[int, ...] = ()
+        self.flat: tuple[int, ...] = ()
         self.aligned = False
+        self.launchers: dict[tuple[Any, ...], Launcher] = {}
 
     def run(
         self,
@@ -97,37 +104,61 @@ class AdamLaunch:
         """
         if (rule, values) != self.known:
             self._set_numbers(rule, values)
-        flat = [p.data_ptr() for p in self.params]
-        flat += [g.data_ptr() for g in grads]
-        flat += self.fixed
-        flat += [s.data_ptr() for s in self.shadows]
-        if flat != self.flat:
-            self.flat, n = flat, len(self.params)
-            self.aligned = not any(x % 16 for x in flat[: 4 * n] + flat[5 * n :])
-        adam_kernel[(self.table.chunks,)](
-            self.table.chunk_tensor,
-            self.table.chunk_index,
-            self.table.addresses(flat),
-            self.table.sizes,
-            self.table.counts,
-            self.tickets,
-            self.ready,
-            self.numbers,
-            len(self.params),
+        self.repeat(addresses_of(self.params) + addresses_of(grads), lr, grad_scale, found_inf)
+
+    def repeat(
+        self,
+        pointers: tuple[int, ...],
+        lr: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """`run` with the rule and the values of the last time.
+
+        Args:
+            pointers: of all parameters and then of all gradients.
+            lr, grad_scale, found_inf: see `run`.
+        """
+        if pointers != self.pointers:
+            self.pointers = pointers
+            self.flat = pointers + self.moments + self.rest
+            shadows = self.rest[len(self.params) :]
+            self.aligned = not any(x % 16 for x in pointers + self.moments + shadows)
+        addresses = self.table.addresses(self.flat)
+        key = (self.known[0], grad_scale is not None, found_inf is not None, self.aligned, lr.dtype)
+        if key not in self.launchers:
+            self.launchers[key] = self._launcher(*key[:4], powf=lr.is_cuda)
+        self.launchers[key](
+            addresses,
             lr,
             lr if grad_scale is None else grad_scale,
             lr if found_inf is None else found_inf,
-            RULE=rule,
-            DTYPE=DTYPES[self.params[0].dtype],
-            HAS_SCALE=grad_scale is not None,
-            HAS_FOUND=found_inf is not None,
-            HAS_EMA=bool(self.shadows),
-            ALIGNED=self.aligned,
-            POWF=lr.is_cuda,
-            BLOCK=self.tile.block,
-            num_warps=self.tile.warps,
-            enable_fp_fusion=True,  # as torch's kernels are compiled
         )
+
+    def _launcher(
+        self, rule: str, has_scale: bool, has_found: bool, aligned: bool, powf: bool
+    ) -> Launcher:
+        fixed = {
+            "chunk_tensor": self.table.chunk_tensor,
+            "chunk_index": self.table.chunk_index,
+            "sizes": self.table.sizes,
+            "counts": self.table.counts,
+            "tickets": self.tickets,
+            "ready": self.ready,
+            "numbers": self.numbers,
+            "tensors": len(self.params),
+            "RULE": rule,
+            "DTYPE": DTYPES[self.params[0].dtype],
+            "HAS_SCALE": has_scale,
+            "HAS_FOUND": has_found,
+            "HAS_EMA": bool(self.shadows),
+            "ALIGNED": aligned,
+            "POWF": powf,
+            "BLOCK": self.tile.block,
+        }
+        # fusing products and sums: as torch's kernels are compiled
+        options = {"num_warps": self.tile.warps, "enable_fp_fusion": True}
+        return Launcher(adam_kernel, (self.table.chunks,), self.numbers.device, fixed, **options)
 
     def _set_numbers(self, rule: str, values: tuple[float, ...]) -> None:
         """Upload the numbers; the bias corrections that the kernel keeps belong to the old ones."""
@@ -152,60 +183,75 @@ class NormLaunch:
         self.tile = tile_for(device)
         rows = [[i for i, g in enumerate(like) if g.dtype == dtype] for dtype in DTYPES]
         self.rows = [r for r in rows if r]
+        self.dtypes = [like[r[0]].dtype for r in self.rows]
         block = self.tile.norm_block
         self.tables = [TensorTable([like[i].numel() for i in r], block, device) for r in self.rows]
         self.partials = torch.zeros(self.tile.norm_programs * len(self.rows), device=device)
         self.ticket = torch.zeros((), dtype=torch.int32, device=device)
         self.out = torch.zeros(2, dtype=torch.float32, device=device)
+        self.results = (self.out[0], self.out[1])
+        self.max_norm: float | None = None
+        self.launchers: dict[tuple[int, bool], Launcher] = {}
 
     def run(self, grads: Sequence[Tensor], max_norm: float = 0.0) -> tuple[Tensor, Tensor]:
         """The norm and its `clip_scale`, 0-dim float32, in tensors that the next run overwrites."""
-        programs = self.tile.norm_programs
+        if max_norm != self.max_norm:
+            self.max_norm = max_norm
+            self.launchers.clear()
         for k, (rows, table) in enumerate(zip(self.rows, self.tables, strict=True)):
-            flat = [grads[i].data_ptr() for i in rows]
-            last = k == len(self.rows) - 1
-            norm_kernel[(programs,)](
-                table.chunk_tensor,
-                table.chunk_index,
-                table.addresses(flat),
-                table.sizes,
-                self.partials,
-                self.ticket,
-                self.out,
-                k * programs,
-                table.chunks,
-                float(max_norm),
-                ROUNDS=-(-table.chunks // programs),
-                COUNT=self.partials.numel() if last else 0,
-                DTYPE=DTYPES[grads[rows[0]].dtype],
-                ALIGNED=not any(x % 16 for x in flat),
-                BLOCK=self.tile.norm_block,
-                num_warps=self.tile.norm_warps,
-                enable_fp_fusion=True,
-            )
-        return self.out[0], self.out[1]
+            flat = addresses_of([grads[i] for i in rows])
+            key = (k, not any(x % 16 for x in flat))
+            if key not in self.launchers:
+                self.launchers[key] = self._launcher(*key)
+            self.launchers[key](table.addresses(flat))
+        return self.results
+
+    def _launcher(self, k: int, aligned: bool) -> Launcher:
+        table, programs = self.tables[k], self.tile.norm_programs
+        last = k == len(self.rows) - 1
+        fixed = {
+            "chunk_tensor": table.chunk_tensor,
+            "chunk_index": table.chunk_index,
+            "sizes": table.sizes,
+            "partials": self.partials,
+            "ticket": self.ticket,
+            "out": self.out,
+            "first": k * programs,
+            "chunks": table.chunks,
+            "max_norm": float(self.max_norm),
+            "ROUNDS": -(-table.chunks // programs),
+            "COUNT": self.partials.numel() if last else 0,
+            "DTYPE": DTYPES[self.dtypes[k]],
+            "ALIGNED": aligned,
+            "BLOCK": self.tile.norm_block,
+        }
+        options = {"num_warps": self.tile.norm_warps, "enable_fp_fusion": True}
+        return Launcher(norm_kernel, (programs,), self.out.device, fixed, **options)
 
 
 def fused_norm(
-    launches: dict[tuple[int, ...], NormLaunch], params: Sequence[Tensor], max_norm: float
+    launches: dict[tuple[Any, ...], NormLaunch], params: Sequence[Tensor], max_norm: float
 ) -> tuple[Tensor, Tensor] | None:
     """Norm and clip scale of the gradients of `params`; None where the kernel cannot take one.
 
     Args:
-        launches: of earlier calls, by the parameters; filled here.
+        launches: of earlier calls, by the parameters and the layouts of their gradients; filled
+            here.
         params: all with a gradient.
         max_norm: of `clip_scale`.
     """
-    key = tuple(map(id, params))
     grads = [p.grad for p in params]
-    device = params[0].device
-    for p, g in zip(params, grads, strict=True):
-        if g.layout != torch.strided or g.dtype not in DTYPES or g.device != device:
-            return None
-        if g.stride() != p.stride() and not supported(g):
-            return None
+    if any(g.layout != torch.strided for g in grads):
+        return None
+    key = (
+        tuple(map(id, params)),
+        tuple([g.dtype for g in grads]),
+        tuple([g.stride() for g in grads]),
+        tuple([g.shape for g in grads]),
+    )
     if key not in launches:
-        if not all(map(supported, params)):
+        device = params[0].device
+        if not all(supported(g) and g.device == device for g in grads):
             return None
-        launches[key] = NormLaunch(params)
+        launches[key] = NormLaunch(grads)
     return launches[key].run(grads, max_norm)

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["addresses"])
 def norm_kernel(
+    addresses,
     chunk_tensor,
     chunk_index,
-    addresses,
     sizes,
     partials,
     ticket,

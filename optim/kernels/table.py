@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+RECENT = 8  # tables of addresses kept
+SPARES = 4  # captures in a row with new addresses
+
+
+def addresses_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Their data pointers.
+
+    Raises:
+        TypeError, RuntimeError: if one is None or has no storage of its own.
+    """
+    return tuple(map(Tensor.data_ptr, tensors))
 
 
 class TensorTable:
@@ -39,38 +51,50 @@ class TensorTable:
         self.chunk_index = index.to(device, torch.int32)
         self.sizes = torch.tensor(sizes, dtype=torch.int64).to(device)
         self.counts = counts.to(device, torch.int32)
-        self._known: list[int] = []
+        self._known: tuple[int, ...] = ()
         self._addresses: Tensor | None = None
-        self._spare: Tensor | None = None  # pinned memory for a capture, in which none can be had
+        # By pointers, the latest last: gradients that are born again every step come back at few
+        # addresses.
+        self._recent: dict[tuple[int, ...], Tensor] = {}
+        self._spares: list[Tensor] = []  # pinned memory for captures, in which none can be had
         self._captured: list[Tensor] = []  # what graphs read from, kept alive
 
-    def addresses(self, flat: list[int]) -> Tensor:
+    def addresses(self, flat: tuple[int, ...]) -> Tensor:
         """`flat`, data pointers column after column, as an int64 tensor on the device.
 
-        Where no pointer has changed since the last call nothing is copied. If one has changed under
-        graph capture, the upload becomes part of the graph and belongs to it alone.
+        Only what is not among the last few tables is uploaded. If pointers are new under graph
+        capture, the upload becomes part of the graph and belongs to it alone.
 
         Raises:
-            RuntimeError: if such a capture is the first call, or a second one follows it at once.
+            RuntimeError: if such a capture is the first call, or the fifth one in a row.
         """
-        on_cuda = self.device.type == "cuda"
-        if flat == self._known and self._addresses is not None:
-            if on_cuda and torch.cuda.is_current_stream_capturing():
-                self._captured.append(self._addresses)  # tables are never overwritten
-            return self._addresses
-        if on_cuda and torch.cuda.is_current_stream_capturing():
-            return self._capture(flat)
-        host = torch.tensor(flat, dtype=torch.int64, pin_memory=on_cuda)
-        self._addresses = host.to(self.device, non_blocking=True)
-        self._known = flat
-        if on_cuda and self._spare is None:
-            self._spare = torch.empty(len(flat), dtype=torch.int64, pin_memory=True)
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if flat != self._known:
+            table = self._recent.pop(flat, None)
+            if table is None:
+                if capturing:
+                    return self._capture(flat)
+                table = self._upload(flat)
+            self._recent[flat] = table
+            if len(self._recent) > RECENT:
+                del self._recent[next(iter(self._recent))]
+            self._known, self._addresses = flat, table
+        if capturing:
+            self._captured.append(self._addresses)  # tables are never overwritten
         return self._addresses
 
-    def _capture(self, flat: list[int]) -> Tensor:
-        if self._spare is None or self._spare.numel() != len(flat):
-            raise RuntimeError("take one optimizer step before (each) capture of a step in a graph")
-        host, self._spare = self._spare, None
+    def _upload(self, flat: tuple[int, ...]) -> Tensor:
+        on_cuda = self.device.type == "cuda"
+        host = torch.tensor(flat, dtype=torch.int64, pin_memory=on_cuda)
+        if on_cuda and len(self._spares) < SPARES:
+            shape = (SPARES - len(self._spares), len(flat))
+            self._spares += torch.empty(shape, dtype=torch.int64, pin_memory=True).unbind()
+        return host.to(self.device, non_blocking=True)
+
+    def _capture(self, flat: tuple[int, ...]) -> Tensor:
+        if not self._spares or self._spares[-1].numel() != len(flat):
+            raise RuntimeError("take one optimizer step before capturing steps in graphs")
+        host = self._spares.pop()
         host.copy_(torch.tensor(flat, dtype=torch.int64))
         table = torch.empty_like(host, device=self.device)
         table.copy_(host, non_blocking=True)

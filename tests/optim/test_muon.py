@@ -85,14 +85,28 @@ def test_every_parameter_is_claimed_once_by_its_half():
     opt = Muon(net.named)
     claimed = [p for g in opt.param_groups for p in g["params"]]
     assert sorted(map(id, claimed)) == sorted(id(p) for _, p in net.named)
-    kinds = {name: (g["kind"], g["pieces"]) for g in opt.param_groups for name in g["param_names"]}
+    assert [g["kind"] for g in opt.param_groups] == ["adam", "muon"]
+    kinds = kinds_of(opt)
     assert kinds["blocks.0.attention.qkv.weight"] == ("muon", 3)
     assert kinds["blocks.0.mlp.gate_up.weight"] == ("muon", 2)
     assert kinds["blocks.0.mlp.down.weight"] == ("muon", 1)
     for name in ("embedding.tokens", "lm_head.weight", "q_head.weight", "blocks.0.mlp.down.bias"):
         assert kinds[name] == ("adam", 1)
     whole = Muon(Net().named, split_fused=False)
-    assert {g["pieces"] for g in whole.param_groups} == {1}
+    assert {pieces for kind, pieces in kinds_of(whole).values() if kind == "muon"} == {1}
+    with pytest.raises(ValueError, match="equal pieces"):
+        Muon([{"params": [torch.zeros(4, 6).requires_grad_()], "kind": "muon", "pieces": [3]}])
+    with pytest.raises(ValueError, match="one number per parameter"):
+        Muon([{"params": [torch.zeros(4, 6).requires_grad_()], "kind": "muon", "pieces": [2, 2]}])
+
+
+def kinds_of(opt):
+    """Name → (kind, pieces)."""
+    found = {}
+    for g in opt.param_groups:
+        pieces = g["pieces"] or [1] * len(g["params"])
+        found |= {n: (g["kind"], k) for n, k in zip(g["param_names"], pieces, strict=True)}
+    return found
 
 
 @pytest.mark.parametrize("adam", ["adam_atan2", "adamw"])
@@ -114,7 +128,7 @@ def test_a_step_is_the_rule_of_each_parameter(adam, options):
             for n, p in twin.named:
                 if kind_of[n]["kind"] == "muon":
                     new, buffers[n] = muon_update(
-                        p, p.grad / 2, buffers[n], 0.02, pieces=kind_of[n]["pieces"], **options
+                        p, p.grad / 2, buffers[n], 0.02, pieces=kinds_of(opt)[n][1], **options
                     )
                     p.copy_(new)
     for (name, p), (_, q) in zip(net.named, twin.named, strict=True):

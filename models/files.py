@@ -1,0 +1,199 @@
+"""Files of weights: whose they are, and what they say of themselves. Nothing is ever executed.
+
+Read are `.safetensors` files and torch files (state dicts, or training states of the ancestors'
+forks), of which only tensors and plain values are unpickled. What lies beside an ancestor's file is
+used: `all_config.yaml` (its configuration) and `identifiers.json` (names of its puzzles).
+"""
+
+from __future__ import annotations
+
+import json
+import pickletools
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import ModelError
+
+if TYPE_CHECKING:
+    from models.legacy import ForeignState
+
+HUB = "hf:"
+METADATA = "loopwright"  # of a .safetensors file: JSON of {"arch", "dims"}
+KINDS = "a .safetensors file or a torch file that holds tensors only"
+_HARMLESS = ("torch", "collections OrderedDict", "numpy")  # beginnings of what tensors need
+_SAVED = re.compile(r"step_(\d+)(\.pt)?$")  # as the ancestors name their files
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the file says so by its name or its first bytes; ModelError if it is cut short."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    header = int.from_bytes(start[:8], "little")
+    whole = start[8:] == b"{" and 2 <= header <= path.stat().st_size - 8
+    if path.suffix == ".safetensors" and not whole:
+        raise ModelError(f"{path} is not a whole .safetensors file")
+    return whole
+
+
+def check_file(path: Path) -> None:
+    """Refuse without torch what is no file of weights, or a pickle that would call foreign code.
+
+    torch's own restricted unpickler has the last word in `read_file`.
+    """
+    try:
+        if is_safetensors(path):
+            return
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+                if not pickles:
+                    raise ModelError(f"{path} is not a torch file; give {KINDS}")
+                _check_pickle(path, archive.read(pickles[0]))
+            return
+        with path.open("rb") as file:
+            pickled = file.read(1) == b"\x80"
+        if not pickled:
+            raise ModelError(f"{path} is not a file of weights; give {KINDS}")
+        _check_pickle(path, path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None
+    except zipfile.BadZipFile:
+        raise ModelError(f"{path} is damaged: not a whole torch file") from None
+
+
+def _check_pickle(path: Path, code: bytes) -> None:
+    """Refuse a pickle that names anything but torch's and NumPy's own building blocks."""
+    try:
+        for opcode, argument, _ in pickletools.genops(code):
+            foreign = opcode.name == "GLOBAL" and not str(argument).startswith(_HARMLESS)
+            if foreign or opcode.name in ("STACK_GLOBAL", "INST"):
+                what = str(argument).replace(" ", ".") if foreign else "foreign objects"
+                raise ModelError(
+                    f"{path} is refused: it holds {what}, not tensors only, and loading it could "
+                    "run foreign code"
+                )
+    except ValueError as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path} is damaged: its pickle ends early") from None
+
+
+def read_file(path: Path) -> ForeignState:
+    """The weights in a file, under our names, on the CPU; ModelError says what is wrong with it."""
+    from pickle import UnpicklingError
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from models.legacy import read_state
+
+    check_file(path)
+    try:
+        if is_safetensors(path):
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError,
+    ) as error:  # fmt: skip
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{path} cannot be read as a weights file ({reason}); give {KINDS}"
+        ) from None
+    try:
+        if not isinstance(content, Mapping):
+            raise TypeError
+        return read_state(content)
+    except TypeError:
+        raise ModelError(f"{path} is not a state dict: it should map names to tensors") from None
+    except KeyError as error:
+        raise ModelError(f"{path}: {error.args[0]}") from None
+
+
+def metadata(path: Path) -> dict[str, Any] | None:
+    """`{"arch", "dims"}` of a .safetensors file that says what model it belongs to, or None."""
+    from safetensors import safe_open
+
+    if not is_safetensors(path):
+        return None
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(METADATA)
+    return None if text is None else json.loads(text)
+
+
+def reference_config(path: Path) -> dict[str, Any]:
+    """The `arch` section of the `all_config.yaml` beside an ancestor's file; {} without one."""
+    import yaml
+
+    beside = path.parent / "all_config.yaml"
+    if not beside.is_file():
+        return {}
+    try:
+        arch = (yaml.safe_load(beside.read_text()) or {}).get("arch")
+    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
+        raise ModelError(f"{beside} cannot be read: {str(error).splitlines()[0]}") from None
+    return arch if isinstance(arch, dict) else {}
+
+
+def identifiers(folder: Path) -> list[str] | None:
+    """Names of puzzles by row of the embedding, from `identifiers.json` in `folder`, or None."""
+    file = folder / "identifiers.json"
+    try:
+        names = json.loads(file.read_text()) if file.is_file() else None
+    except (OSError, ValueError):
+        return None
+    return names if isinstance(names, list) else None
+
+
+def newest_file(folder: Path) -> Path | None:
+    """The last `step_N` file of an ancestor's run folder, or None."""
+    found = [(int(m[1]), p) for p in folder.glob("step_*") if (m := _SAVED.match(p.name))]
+    files = [(number, p) for number, p in found if p.is_file()]
+    return max(files)[1] if files else None
+
+
+def from_hub(text: str) -> Path:
+    """Download `hf:owner/name` or `hf:owner/name/file` and what lies beside it; the file's path.
+
+    Without a file's name, the repository's only `.safetensors` file or the last `step_N` is taken.
+    """
+    owner, _, rest = text.removeprefix(HUB).partition("/")
+    name, _, wanted = rest.partition("/")
+    if not (owner and name):
+        raise ModelError(f"{text} should be hf:owner/name, or hf:owner/name/file")
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        raise ModelError(
+            f"{text} needs the package huggingface_hub, which is not installed; install it, or "
+            "download the file and give its path"
+        ) from None
+    repository = f"{owner}/{name}"
+    try:
+        files = hub.list_repo_files(repository)
+        chosen = wanted or _choose(text, files)
+        folder = chosen.rpartition("/")[0]
+        for beside in ("all_config.yaml", "identifiers.json"):
+            if (side := f"{folder}/{beside}".lstrip("/")) in files:
+                hub.hf_hub_download(repository, side)
+        return Path(hub.hf_hub_download(repository, chosen))
+    except ModelError:
+        raise
+    except Exception as error:  # its errors have no common class, and a proxy adds its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{text} cannot be downloaded: {reason}") from None
+
+
+def _choose(text: str, files: list[str]) -> str:
+    safe = [f for f in files if f.endswith(".safetensors")]
+    if len(safe) == 1:
+        return safe[0]
+    saved = [(int(m[1]), f) for f in files if (m := _SAVED.match(f.rpartition("/")[2]))]
+    if not saved:
+        shown = ", ".join((safe or files)[:8]) or "nothing"
+        raise ModelError(f"{text}: name a file of it, as in {text}/FILE; it holds {shown}")
+    return max(saved)[1]

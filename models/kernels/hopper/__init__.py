@@ -1,0 +1,206 @@
+"""Products with fused epilogues on Hopper GPUs (compute capability 9.0), in bfloat16.
+
+`y = x Wᵀ` with what follows it (SwiGLU, its backward, a residual) done before the result leaves
+the chip; see gemm.cu. All of it is deterministic and can be captured in a CUDA graph. Each function
+equals the plain PyTorch in its docstring up to one rounding of the result (sums and the epilogue
+are float32). None is differentiable: callers write their backward out of these same functions.
+
+Shapes: M rows (any number; leading dimensions are flattened into them), K features in, N or I
+features out. Weights are bfloat16, as the layers store them: (out, in), contiguous.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.kernels.hopper.compile import CompileError, cubin, nvrtc, wgmma
+from models.kernels.hopper.driver import Kernel, load, row_map, weight_map
+
+_PLAIN, _SWIGLU, _SWIGLU_SAVE, _DSWIGLU, _RESIDUAL = range(5)  # as in gemm.cu
+_SHARED_BYTES = 227 * 1024  # that one thread block may use
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The compile-time choices of gemm.cu; its comments explain them."""
+
+    epilogue: int
+    k: int
+    columns: int
+    bn: int
+    stationary: bool
+    stages: int
+    wgs: int = 2
+    cm: int = 1
+    cn: int = 1
+    sums: bool = False
+
+    @property
+    def out(self) -> int:
+        """Columns of the result in a tile."""
+        return self.bn // 2 if self.epilogue in (_SWIGLU, _SWIGLU_SAVE) else self.bn
+
+    @property
+    def rows(self) -> int:
+        """Rows of the result in a tile."""
+        return 64 if self.stationary else 64 * self.wgs
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a thread block: W, the stages, barriers, alignment."""
+        return _weights_bytes(self) + self.stages * _stage_bytes(self) + 8 * self.k // 64 + 1536
+
+
+def _stage_bytes(p: Plan) -> int:
+    return 128 * (p.rows + (0 if p.stationary else p.bn))
+
+
+def _weights_bytes(p: Plan) -> int:
+    return 2 * p.bn * p.k if p.stationary else 0
+
+
+@functools.cache
+def plan(epilogue: int, k: int, columns: int, sums: bool = False) -> Plan:
+    """The plan for a product with K = k and `columns` columns of result: a rule, no timing."""
+    if k <= 512:  # W stays in shared memory
+        p = Plan(epilogue, k, columns, bn=128, stationary=True, stages=0, sums=sums)
+        p = replace(p, cn=2 if columns // p.out % 2 == 0 else 1)
+        most = 6 if epilogue in (_DSWIGLU, _RESIDUAL) else 12  # these want L1 for what they read
+    else:
+        p = Plan(epilogue, k, columns, bn=256, stationary=False, stages=0, cm=2, sums=sums)
+        if epilogue == _DSWIGLU or columns % p.out:  # registers for gate and up; narrow results
+            p = replace(p, bn=128)
+        most = 8
+    return replace(p, stages=min(most, (_SHARED_BYTES - p.shared_bytes) // _stage_bytes(p)))
+
+
+@functools.cache
+def _kernel(p: Plan, device: int) -> Kernel:
+    source = wgmma(p.bn) + Path(__file__).with_name("gemm.cu").read_text()
+    macros = {
+        "EPILOGUE": p.epilogue,
+        "K": p.k,
+        "COLUMNS": p.columns,
+        "BN": p.bn,
+        "STATIONARY": int(p.stationary),
+        "STAGES": p.stages,
+        "WGS": p.wgs,
+        "CM": p.cm,
+        "CN": p.cn,
+        "SUMS": int(p.sums),
+    }
+    code = cubin(source, macros)
+    return load(code, "gemm", 128 * (p.wgs + 1), p.shared_bytes, p.cm * p.cn)
+
+
+def _run(
+    p: Plan,
+    x: Tensor,
+    w: Tensor,
+    other: Tensor | None,
+    out: Tensor,
+    wide: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> None:
+    if not out.numel():
+        return
+    with torch.cuda.device(x.device):
+        kernel = _kernel(p, x.device.index)
+        rows = out.numel() // p.columns
+        clusters = -(-rows // (p.rows * p.cm)) * (p.columns // p.out // p.cn)
+        pointers = (0 if t is None else t.data_ptr() for t in (other, out, wide, sums))
+        kernel.launch(
+            clusters,
+            torch.cuda.current_stream().cuda_stream,
+            (
+                row_map(x.view(rows, p.k), p.rows // p.cn),
+                weight_map(w, p.bn // 2),
+                *map(ctypes.c_void_p, pointers),
+                ctypes.c_uint32(rows),
+            ),
+        )
+
+
+@functools.cache
+def available(device: int) -> bool:
+    """Whether CUDA device number `device` can run these kernels."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        nvrtc()
+    except CompileError:
+        return False
+    return True
+
+
+def supported(w: Tensor, *activations: Tensor) -> bool:
+    """Whether these functions take w (out, K) and activations: else the caller does it plainly.
+
+    All bfloat16 on one Hopper GPU, contiguous, aligned to 16 bytes; K a multiple of 64, `out` of
+    128 (of SwiGLU's 2 I, so I of 64; of w_t's I); fewer than 2²⁶ rows.
+    """
+    if not (w.is_cuda and w.dtype == torch.bfloat16 and available(w.device.index)):
+        return False
+    if w.shape[1] % 64 or w.shape[0] % 128 or not w.shape[1]:
+        return False
+    return all(
+        t.device == w.device
+        and t.dtype == w.dtype
+        and t.is_contiguous()
+        and t.data_ptr() % 16 == 0
+        and t.numel() < t.shape[-1] * 2**26
+        for t in (w, *activations)
+    )
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """`F.linear(x, w)`: x (..., K), w (N, K) → (..., N)."""
+    out = x.new_empty(*x.shape[:-1], w.shape[0])
+    _run(plan(_PLAIN, w.shape[1], w.shape[0]), x, w, None, out)
+    return out
+
+
+def linear_swiglu(x: Tensor, w: Tensor, save: bool) -> tuple[Tensor, Tensor | None]:
+    """`gate, up = F.linear(x, w).chunk(2, -1); h = F.silu(gate) * up`, and gate | up if `save`.
+
+    x (..., K), w (2 I, K) → h (..., I), gate | up (..., 2 I) or None. (Shazeer 2020.)
+    """
+    inner = w.shape[0] // 2
+    h = x.new_empty(*x.shape[:-1], inner)
+    wide = x.new_empty(*x.shape[:-1], 2 * inner) if save else None
+    _run(plan(_SWIGLU_SAVE if save else _SWIGLU, w.shape[1], inner), x, w, None, h, wide)
+    return h, wide
+
+
+def linear_dswiglu(dy: Tensor, w_t: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """The backward of `y = F.linear(h, w)` and of SwiGLU: d gate | d up, and h once more.
+
+    dy (..., N), w_t (I, N) = wᵀ contiguous, gate_up (..., 2 I) → (..., 2 I), (..., I). With
+    dh = dy w: d up = dh silu(gate), d gate = dh up silu'(gate), h = silu(gate) up.
+    """
+    wide = gate_up.new_empty(gate_up.shape)
+    h = dy.new_empty(*dy.shape[:-1], w_t.shape[0])
+    _run(plan(_DSWIGLU, w_t.shape[1], w_t.shape[0]), dy, w_t, gate_up, h, wide)
+    return wide, h
+
+
+def linear_residual(
+    x: Tensor, w: Tensor, r: Tensor, squares: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """`r + F.linear(x, w)`: x (..., K), w (N, K), r (..., N) → (..., N).
+
+    With `squares` also (parts, M) float32, whose sum over the parts is that of the squares of a
+    row of the result (as rounded): what an RMSNorm after it needs.
+    """
+    out = r.new_empty(r.shape)
+    p = plan(_RESIDUAL, w.shape[1], w.shape[0], squares)
+    rows = r.numel() // w.shape[0]
+    sums = x.new_empty(p.columns // p.out, rows, dtype=torch.float32) if squares else None
+    _run(p, x, w, r, out, None, sums)
+    return out, sums

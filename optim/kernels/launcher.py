@@ -1,0 +1,125 @@
+"""Kernels launched again and again with little of Triton's Python in between.
+
+Triton's own way from a call to a launch (binding, specialization, cache key) takes several times as
+long as the launch. It is gone once; then the compiled kernel is called with addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+
+class Launcher:
+    """A kernel whose first parameters are tensors that may change, and whose others do not.
+
+    It is compiled once for each tuple of dtypes of the changing tensors. So it must not be
+    specialized on their alignment: name them in `do_not_specialize_on_alignment`.
+
+    Args:
+        kernel: a function of `triton.jit`.
+        grid: one to three numbers of programs.
+        device: of every tensor.
+        fixed: the parameters after the changing ones, in the order of the kernel, constants last.
+        options: of the compilation, `num_warps` among them.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        device: torch.device,
+        fixed: Mapping[str, Any],
+        **options: Any,
+    ) -> None:
+        self.kernel, self.fixed, self.options = kernel, dict(fixed), options
+        self.grid = (*grid, 1, 1)[:3]
+        self.device = device
+        self.tail = [v.data_ptr() if isinstance(v, Tensor) else v for v in fixed.values()]
+        self.compiled: dict[tuple[torch.dtype, ...], Any] = {}
+
+    def __call__(self, *changing: Tensor) -> None:
+        """Launch on the current stream of the device."""
+        if self.device.type != "cuda":  # the interpreter
+            self.kernel[self.grid](*changing, **self.fixed, **self.options)
+        elif torch.cuda.current_device() == self.device.index:
+            self._launch(changing)
+        else:
+            with torch.cuda.device(self.device):
+                self._launch(changing)
+
+    def _launch(self, changing: tuple[Tensor, ...]) -> None:
+        dtypes = tuple([t.dtype for t in changing])
+        done = self.compiled.get(dtypes)
+        if done is None or _hooked():
+            done = self.kernel[self.grid](*changing, **self.fixed, **self.options)
+            self.compiled[dtypes] = done
+            return
+        _run(done, self.grid, self.device, [*[t.data_ptr() for t in changing], *self.tail])
+
+
+class Kernel:
+    """A kernel launched with any arguments.
+
+    Args:
+        kernel: a function of `triton.jit`.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        device: torch.device,
+        arguments: Sequence[Any],
+        constants: Mapping[str, Any],
+        **options: Any,
+    ) -> None:
+        """Launch on the current stream of `device`, which must be the current device.
+
+        Args:
+            grid: one to three numbers of programs.
+            device: of every tensor.
+            arguments: tensors, tensor descriptors and numbers, in the order of the kernel.
+            constants: its constants.
+            options: of the compilation.
+        """
+        if device.type != "cuda":  # the interpreter
+            self.kernel[grid](*arguments, **constants, **options)
+            return
+        kinds = tuple([_kind(x) for x in arguments])
+        key = (device.index, kinds, *constants.values(), *options.values())
+        done = self.compiled.get(key)
+        if done is None or _hooked():
+            self.compiled[key] = self.kernel[grid](*arguments, **constants, **options)
+            return
+        values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+        _run(done, (*grid, 1, 1)[:3], device, [*values, *constants.values()])
+
+
+def _kind(x: Any) -> Any:
+    """What Triton may have specialized a kernel on."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, int):
+        return x == 1, x % 16 == 0, x >= 1 << 31
+    return float if isinstance(x, float) else (x.base.dtype, *x.block_shape)
+
+
+def _run(done: Any, grid: tuple[int, ...], device: torch.device, values: list[Any]) -> None:
+    """What `JITFunction.run` does in the end."""
+    stream = driver.active.get_current_stream(device.index)
+    done.run(*grid, stream, done.function, done.packed_metadata, None, None, None, *values)
+
+
+def _hooked() -> bool:
+    """Whether a profiler has asked Triton to report launches."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # or None
+    return any(getattr(hook, "calls", hook) for hook in hooks)

@@ -1,0 +1,95 @@
+"""Checkpoints of HRM, TinyRecursiveModels and URM into Loopwright's, and back.
+
+    python scripts/convert_checkpoint.py THEIRS OURS.safetensors [arch.num_heads=8 …] [--seq-len N]
+    python scripts/convert_checkpoint.py OURS THEIRS [--prefix _orig_mod.model.inner.]
+
+THEIRS is a state dict or a fork's training state (or `hf:owner/name`); its `all_config.yaml`, where
+it lies beside the file, tells what the tensors do not. OURS is a run folder, a checkpoint folder or
+a .safetensors file. The direction follows from the names of the tensors. A .safetensors file that
+is written here says what model it belongs to: evaluate.py and `load_pretrained` take it as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models import ModelDims, ModelError, files
+from training.errors import reported
+
+
+def fields_of(texts: list[str]) -> dict[str, Any]:
+    """`arch.key=value` arguments as fields of an architecture."""
+    fields = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (equals and key.startswith("arch.")):
+            raise ModelError(f"'{text}' is not of the form arch.key=value")
+        fields[key.removeprefix("arch.")] = yaml.safe_load(value)
+    return fields
+
+
+def to_ours(path: Path, target: Path, options: argparse.Namespace) -> str:
+    """Write `target`, which says what model it belongs to; what was done, in words."""
+    from safetensors.torch import save_file
+
+    from models.pretrained import describe_file, make_config
+
+    if target.suffix != ".safetensors":
+        raise ModelError(f"{target} should end in .safetensors")
+    name, fields, dims, tensors = describe_file(path, options.weights)
+    config = make_config(name, {**fields, **fields_of(options.fields)}, path)
+    told = asdict(ModelDims(options.seq_len or dims.seq_len, dims.vocab_size, dims.num_puzzle_ids))
+    text = json.dumps({"arch": config.model_dump(mode="json"), "dims": told})
+    whole = {k: t.contiguous().clone() for k, t in tensors.items()}
+    save_file(whole, target, metadata={files.METADATA: text})
+    return f"{path} → {target}: arch={name}, {len(whole)} tensors, {told}"
+
+
+def to_theirs(path: Path, target: Path, options: argparse.Namespace) -> str:
+    """Write `target`, a torch file of a state dict; what was done, in words."""
+    import torch
+
+    from models.legacy import PREFIX, to_reference
+    from models.pretrained import load_tensors
+
+    name, _, _, tensors = load_tensors(path, options.weights)
+    try:
+        renamed = to_reference(tensors)
+    except KeyError as error:
+        raise ModelError(f"{path}: the references have no tensor like {error.args[0]}") from None
+    renamed = {options.prefix + k.removeprefix(PREFIX): t for k, t in renamed.items()}
+    torch.save(renamed, target)
+    return f"{path} → {target}: arch={name}, {len(renamed)} tensors, as in {next(iter(renamed))}"
+
+
+def main() -> None:
+    """Convert in the direction that the source asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("fields", nargs="*", metavar="arch.key=value")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+    parser.add_argument("--seq-len", type=int, help="tokens of a puzzle, where the file is silent")
+    parser.add_argument("--prefix", default="_orig_mod.model.inner.", help="of THEIRS' names")
+    options = parser.parse_intermixed_args()
+    hub = options.source.startswith(files.HUB)
+    path = files.from_hub(options.source) if hub else Path(options.source).expanduser()
+    if path.is_dir() and (newest := files.newest_file(path)):
+        path = newest
+    theirs = path.is_file() and files.read_file(path).reference
+    convert = to_ours if theirs else to_theirs
+    print(convert(path, options.target, options))
+
+
+if __name__ == "__main__":
+    with reported():
+        main()

@@ -1,0 +1,170 @@
+"""Products with fused epilogues on Hopper: against float64, in a CUDA graph, repeated."""
+
+import ctypes
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.kernels import hopper
+from models.kernels.hopper import compile as nvrtc
+
+
+def _hopper() -> bool:
+    return torch.cuda.is_available() and hopper.available(torch.cuda.current_device())
+
+
+on_hopper = pytest.mark.skipif(not _hopper(), reason="needs a Hopper GPU")
+
+ROWS = (1, 63, 129, 1000, 8193)
+# (features in, features out): W stationary with and without clusters, streamed wide and narrow.
+SHAPES = ((64, 128), (512, 512), (512, 1536), (128, 384), (1536, 512), (704, 640), (3072, 256))
+
+
+def _draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, device="cuda") * scale).bfloat16()
+
+
+def _close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """bfloat16 rounds by at most 2⁻⁹ of a value; float32 sums add little to that."""
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=2e-3)
+    error = (actual.double() - expected).norm() / expected.norm()
+    assert error < 2.5e-3
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_and_residual(rows, shape):
+    k, n = shape
+    x, w, r = _draw(rows, k), _draw(n, k, scale=k**-0.5), _draw(rows, n)
+    assert hopper.supported(w, x, r)
+    product = x.double() @ w.double().T
+    _close(hopper.linear(x, w), product)
+    y, none = hopper.linear_residual(x, w, r)
+    _close(y, r.double() + product)
+    assert none is None
+    again, squares = hopper.linear_residual(x, w, r, squares=True)
+    assert torch.equal(again, y)
+    torch.testing.assert_close(squares.sum(0), y.float().square().sum(1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", ((64, 64), (512, 1536), (128, 512), (1024, 192), (768, 256)))
+def test_swiglu(rows, shape):
+    k, inner = shape
+    x, w = _draw(rows, k), _draw(2 * inner, k, scale=2 * k**-0.5)
+    gate_up = x.double() @ w.double().T
+    gate, up = gate_up.chunk(2, dim=-1)
+    h, none = hopper.linear_swiglu(x, w, save=False)
+    _close(h, F.silu(gate) * up)
+    assert none is None
+    again, saved = hopper.linear_swiglu(x, w, save=True)
+    assert torch.equal(again, h)
+    _close(saved, gate_up)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", ((64, 128), (512, 1536), (128, 384), (1024, 384), (768, 256)))
+def test_dswiglu(rows, shape):
+    n, inner = shape
+    dy, w, gate_up = _draw(rows, n), _draw(n, inner, scale=n**-0.5), _draw(rows, 2 * inner, scale=3)
+    wide = gate_up.double().requires_grad_()
+    gate, up = wide.chunk(2, dim=-1)
+    h = F.silu(gate) * up
+    h.backward(dy.double() @ w.double())
+    d_wide, h_again = hopper.linear_dswiglu(dy, w.T.contiguous(), gate_up)
+    _close(d_wide, wide.grad)
+    _close(h_again, h.detach())
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_extreme_gates():
+    """Gates far out neither overflow nor lose the sign: silu is 0 on the left, x on the right."""
+    w = torch.zeros(128, 64, device="cuda", dtype=torch.bfloat16)
+    w[:64, 0] = 1
+    w[64:, 1] = 1
+    x = torch.zeros(6, 64, device="cuda", dtype=torch.bfloat16)
+    x[:, 0] = torch.tensor([-3e38, -200.0, -1e-3, 0.0, 200.0, 1e30])
+    x[:, 1] = 1
+    h, _ = hopper.linear_swiglu(x, w, save=False)
+    _close(h, F.silu(x[:, :1].double()).expand(6, 64))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("k, n", [(512, 512), (1536, 512)])
+def test_graph_and_repetition(k, n):
+    """Replayed on new values in the same buffers; the same bits every time; all rows written."""
+    rows = 20_000
+    x, w, r = _draw(rows, k), _draw(n, k, scale=k**-0.5), _draw(rows, n)
+    first, _ = hopper.linear_residual(x, w, r)  # compiled and loaded outside of the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _ = hopper.linear_residual(x, w, r)
+    for _ in range(20):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, first)
+    x.copy_(_draw(rows, k))
+    graph.replay()
+    _close(y, r.double() + x.double() @ w.double().T)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_what_is_not_supported():
+    w = _draw(128, 64)
+    assert hopper.supported(w, _draw(3, 64))
+    assert not hopper.supported(w, _draw(64, 3).T)
+    assert not hopper.supported(w, torch.zeros(3, 64, device="cuda"))
+    assert not hopper.supported(w, torch.zeros(3, 64, dtype=torch.bfloat16))
+    assert not hopper.supported(w[:64], _draw(3, 64))
+    assert not hopper.supported(_draw(128, 60), _draw(3, 60))
+
+
+def test_without_a_gpu():
+    """Imported and asked without CUDA; plans fit the shared memory of a thread block."""
+    w = torch.zeros(128, 64, dtype=torch.bfloat16)
+    assert not hopper.supported(w, w)
+    for epilogue in range(5):
+        for k in range(64, 4097, 64):
+            plan = hopper.plan(epilogue, k, 1536, sums=epilogue == 4)
+            assert plan.shared_bytes <= 227 * 1024
+            assert plan.stages >= 3
+
+
+def test_cache(monkeypatch, tmp_path):
+    """The second request for the same source and macros does not compile."""
+
+    class Version:
+        @staticmethod
+        def nvrtcVersion(major, minor) -> int:
+            ctypes.cast(major, ctypes.POINTER(ctypes.c_int))[0] = 13
+            return 0
+
+    asked = []
+
+    def compiled(source, options):
+        asked.append(options)
+        return b"code", ""
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "nvrtc", lambda: Version)
+    monkeypatch.setattr(nvrtc, "compile_source", compiled)
+    for _ in range(2):
+        assert nvrtc.cubin("source", {"K": 64}) == b"code"
+    assert len(asked) == 1 and "-DK=64" in asked[0]
+    nvrtc.cubin("source", {"K": 128})
+    assert len(asked) == 2

@@ -1,0 +1,142 @@
+"""Fused operations against float64: on the CPU in Triton's interpreter, on a GPU as compiled.
+
+In float32 an operation may differ from float64 by what float32 sums do; in half precision by a
+few roundings to its dtype: bfloat16 has 8 bits, so 2⁻⁹ relative per rounding, float16 11 bits.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA and not INTERPRETED else "cpu"
+# relative error of the whole tensor, ‖out - ref‖ / ‖ref‖
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+DTYPES = [torch.float32] if INTERPRETED else [torch.float16, torch.bfloat16]
+
+in_kernel = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or the interpreter")
+pytestmark = [pytest.mark.gpu] if not INTERPRETED else []
+
+
+def relative(out: torch.Tensor, ref: torch.Tensor) -> float:
+    error = (out.double() - ref.double()).norm() / ref.double().norm()
+    return float("inf") if error.isnan() else error.item()
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, dtype=torch.float64) * scale).to(DEVICE, dtype)
+
+
+def both(fused, plain, tensors, dtype):
+    """Outputs and gradients of both functions; the plain one in float64."""
+    results = []
+    for function, kind in ((fused, None), (plain, torch.float64)):
+        leaves = [t.to(kind or t.dtype).detach().requires_grad_() for t in tensors]
+        out = function(*leaves)
+        torch.manual_seed(1)
+        out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.device, out.dtype))
+        results.append([out.detach(), *(t.grad for t in leaves)])
+    for got, ref in zip(*results, strict=True):
+        assert got.shape == ref.shape
+        assert relative(got, ref) <= TOLERANCE[dtype]
+
+
+def plain_mixer(x, gate_up, down, eps=1e-5):
+    x = x.transpose(1, 2)
+    gate, up = (x @ gate_up.mT).chunk(2, -1)
+    y = x + (F.silu(gate) * up) @ down.mT
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).transpose(1, 2)
+
+
+@in_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "batch, length, width", [(1, 3, 8), (2, 11, 40), (3, 17, 136), (2, 97, 64)]
+)
+def test_token_mixer(batch, length, width, dtype):
+    from models.kernels.mixer import token_mixer
+
+    torch.manual_seed(0)
+    x = draw(batch, length, width, dtype=dtype)
+    weights = (
+        draw(512, length, dtype=dtype, scale=length**-0.5),
+        draw(length, 256, dtype=dtype, scale=1 / 16),
+    )
+    both(lambda *t: token_mixer(*t, 1e-5), plain_mixer, (x, *weights), dtype)
+    with torch.no_grad():
+        strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(token_mixer(x, *weights, 1e-5), token_mixer(strided, *weights, 1e-5))
+
+
+def plain_attention(qkv, heads, cos, sin, causal):
+    batch, length = qkv.shape[:2]
+    q, k, v = qkv.view(batch, length, 3, heads, -1).unbind(2)
+
+    def turned(t):
+        if cos is None:
+            return t
+        low, high = t.chunk(2, -1)
+        c, s = cos[:, None].to(t.dtype), sin[:, None].to(t.dtype)
+        return t * c + torch.cat((-high, low), -1) * s
+
+    q, k, v = (t.transpose(1, 2) for t in (turned(q), turned(k), v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return out.transpose(1, 2).reshape(batch, length, -1)
+
+
+@in_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rope, causal", [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize(
+    "batch, length, heads, head_dim",
+    [(1, 1, 1, 32), (2, 11, 2, 32), (2, 16, 3, 64), (1, 97, 2, 64)],
+)
+def test_short_attention(batch, length, heads, head_dim, rope, causal, dtype):
+    from models.kernels.attention import short_attention
+    from models.layers import RotaryTable
+
+    torch.manual_seed(0)
+    qkv = draw(batch, length, 3 * heads * head_dim, dtype=dtype)
+    table = RotaryTable(head_dim, length, 10000.0).to(DEVICE)
+    cos, sin = (table.cos, table.sin) if rope else (None, None)
+    both(
+        lambda t: short_attention(t, heads, cos, sin, causal),
+        lambda t: plain_attention(t, heads, cos, sin, causal),
+        (qkv,),
+        dtype,
+    )
+
+
+@in_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, width, inner", [(1, 8, 256), (130, 72, 256), (257, 64, 512)])
+def test_linear_swiglu(rows, width, inner, dtype):
+    from models.kernels.swiglu import linear_swiglu
+
+    torch.manual_seed(0)
+    x, weight = draw(rows, width, dtype=dtype), draw(2 * inner, width, dtype=dtype, scale=0.2)
+    gate, up = (x.double() @ weight.double().mT).chunk(2, -1)
+    assert relative(linear_swiglu(x, weight), F.silu(gate) * up) <= TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")
+def test_in_the_interpreter():
+    """On a machine without a GPU: the tests above, in a process with Triton's interpreter."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "not interpreter"]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1]
