@@ -28,7 +28,7 @@ class CsvDatasetConfig(DatasetConfig):
     `test_csv` alone is a dataset for evaluation; several test sets are given by name, as in
     `data.test_csv={dev:a.csv,hard:b.csv}`. A CSV training file needs a test set: `test_csv`, or
     `test_fraction` to hold out a share of the rows. `min_rating` and `max_rating` select training
-    puzzles of a CSV file (a test file is taken as it is). A path may be `hub:OWNER/NAME/FILE`.
+    puzzles of a CSV file (a test file is taken as it is). A path may be `hf:OWNER/NAME/FILE`.
     """
 
     generator_keys: ClassVar[tuple[str, ...]] = ("num_train", "num_test")

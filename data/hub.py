@@ -1,4 +1,4 @@
-"""Files of the public hub of data sets: `hub:OWNER/NAME/FILE`, downloaded once by huggingface_hub.
+"""Files of the public hub of data sets: `hf:OWNER/NAME/FILE`, downloaded once by huggingface_hub.
 
 Nothing here is needed for local files, and the package is optional.
 """
@@ -14,15 +14,15 @@ from data.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "hub:"
-_FORM = re.compile(r"hub:([\w.\-]+/[\w.\-]+)/([\w./\-]+)")
+PREFIX = "hf:"
+_FORM = re.compile(r"hf:([\w.\-]+/[\w.\-]+)/([\w./\-]+)")
 _WAIT_SECONDS = 10
 
 
 def _parse(key: str, value: str) -> tuple[str, str]:
     match = _FORM.fullmatch(value)
     if match is None:
-        raise DataError(f"data.{key}={value} must be of the form hub:OWNER/NAME/FILE.")
+        raise DataError(f"data.{key}={value} must be of the form hf:OWNER/NAME/FILE.")
     return match[1], match[2]
 
 

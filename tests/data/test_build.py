@@ -255,8 +255,8 @@ BAD = {
     "negative weight": ("mix parts=[{name:maze}] weights=[-1]", r"data\.weights"),
     "augmentation of the mixture": ("mix parts=[{name:maze}] num_aug=3", "belongs to each of"),
     # the hub
-    "hub without a file": ("sudoku test_csv=hub:someone", "of the form hub:OWNER/NAME/FILE"),
-    "hub offline": ("sudoku test_csv=hub:a/b/c.csv", r"cannot be downloaded .*test_csv=PATH"),
+    "hub without a file": ("sudoku test_csv=hf:someone", "of the form hf:OWNER/NAME/FILE"),
+    "hub offline": ("sudoku test_csv=hf:a/b/c.csv", r"cannot be downloaded .*test_csv=PATH"),
     # what was built
     "shard cut off": (
         damaged_dataset(lambda f: os.truncate(f / "train" / "all__tokens_00000.bin", 9)), "damaged",
