@@ -8,26 +8,38 @@ that wrong input is refused before torch is loaded.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from data.arc import ArcConfig
 from data.config import DatasetConfig
 from data.errors import DataError
 from data.folder import FolderConfig
 from data.format import dataset_info, read_dataset, write_dataset
+from data.maze import MazeConfig
+from data.mix import MixConfig
 from data.puzzles import DatasetInfo, PuzzleDataset, PuzzleSet
+from data.scoring import ScoredRows, build_scorer
 from data.sudoku import SudokuConfig
+from data.text import TextConfig
 
 if TYPE_CHECKING:
     from data.augment import AUGMENTATIONS, build_augmentation
     from data.loader import EvalLoader, TrainLoader
+    from data.workers import WorkerLoader, make_train_loader
 
 # A new dataset is one file and one line here.
 DATASETS: dict[str, type[DatasetConfig]] = {
     "sudoku": SudokuConfig,
+    "maze": MazeConfig,
+    "arc": ArcConfig,
+    "text": TextConfig,
+    "mix": MixConfig,
     "folder": FolderConfig,
 }
 
 _LAZY = {
     "TrainLoader": "data.loader",
     "EvalLoader": "data.loader",
+    "WorkerLoader": "data.workers",
+    "make_train_loader": "data.workers",
     "AUGMENTATIONS": "data.augment",
     "build_augmentation": "data.augment",
 }
@@ -35,17 +47,25 @@ _LAZY = {
 __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
+    "ArcConfig",
     "DataError",
     "DatasetConfig",
     "DatasetInfo",
     "EvalLoader",
     "FolderConfig",
+    "MazeConfig",
+    "MixConfig",
     "PuzzleDataset",
     "PuzzleSet",
+    "ScoredRows",
     "SudokuConfig",
+    "TextConfig",
     "TrainLoader",
+    "WorkerLoader",
     "build_augmentation",
+    "build_scorer",
     "dataset_info",
+    "make_train_loader",
     "read_dataset",
     "write_dataset",
 ]

@@ -1,120 +1,79 @@
-"""Augmentations, executed in torch: pure functions of (seed, puzzle, augmentation index).
+"""Augmentations, executed in torch: pure functions of (seed, example, augmentation index).
 
 A batch may hold any rows in any order; each row's result depends on its own numbers alone and is
 the same on CPU and GPU (integer operations only). Index 0 is the identity.
 """
 
 from collections.abc import Callable
-from itertools import permutations, product
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from data.augment_grids import ArcAugmentation, DihedralAugmentation
+from data.augment_sudoku import SudokuAugmentation
 from data.errors import DataError
-from data.hashing import below, hash32
 from data.sudoku_rules import BOXES
 
-# (inputs, labels, puzzles, indices) → (inputs, labels); tokens (B, L), puzzles and indices (B,)
-Augmentation = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# Streams of the hash for digits, rows, columns and transposition: independent draws.
-_STREAMS = (0x51, 0x52, 0x53, 0x54)
-
-
-def _line_permutations(groups: int, size: int) -> Tensor:
-    """Every order of `groups` bands of `size` rows each, with every order within each band.
-
-    Returns (groups!·size!^groups, groups·size) int64: source line of every line; first: identity.
-    """
-    bands = list(permutations(range(groups)))
-    inner = list(product(permutations(range(size)), repeat=groups))
-    return torch.tensor(
-        [
-            [band * size + line for band, order in zip(order_of_bands, orders, strict=True)
-             for line in order]
-            for order_of_bands in bands
-            for orders in inner
-        ]
-    )  # fmt: skip
-
-
-def _digit_maps(digits: int) -> Tensor:
-    """Token maps of all digit permutations, pad 0 and blank 1 fixed: (digits!, digits + 2) uint8.
-
-    Lexicographic order, so that the first is the identity; built from the maps of one digit fewer.
-    """
-    table = torch.zeros(1, 0, dtype=torch.uint8)
-    for n in range(1, digits + 1):  # choose the first image, then shift the rest around it
-        first = torch.arange(n, dtype=torch.uint8).repeat_interleave(len(table))[:, None]
-        rest = table.repeat(n, 1)
-        table = torch.cat([first, rest + (rest >= first)], dim=1)
-    fixed = torch.tensor([[0, 1]], dtype=torch.uint8).expand(len(table), 2)
-    return torch.cat([fixed, table + 2], dim=1)
-
-
-class SudokuAugmentation:
-    """Digits renamed, bands, stacks, rows and columns permuted, transposed if the box is square.
-
-    One draw is uniform over the whole symmetry group (9×9: 9!·2·6^8 elements). Tokens: pad 0,
-    blank 1, digit d → d + 1; pads and blanks keep their token and move with the grid.
-    """
-
-    def __init__(self, box: tuple[int, int], *, seed: int, device: torch.device) -> None:
-        r, c = box
-        self.seed = seed
-        self.size = r * c
-        self.square = r == c
-        # Source row of each row and source column of each column; rows times n, as cell offsets.
-        self.rows = (_line_permutations(c, r) * self.size).to(device)  # (c!·r!^c, n)
-        self.columns = _line_permutations(r, c).to(device)  # (r!·c!^r, n)
-        self.digits = _digit_maps(self.size).to(device)  # (n!, n + 2)
-        counts = [len(self.digits), len(self.rows), len(self.columns), 2]
-        self.counts = torch.tensor(counts, device=device)[:, None]  # (4, 1)
-        self.streams = torch.tensor(_STREAMS, device=device)[:, None]  # (4, 1)
+class Augmentation(Protocol):
+    """What a loader calls."""
 
     def __call__(
-        self, inputs: Tensor, labels: Tensor, puzzles: Tensor, indices: Tensor
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        examples: Tensor,
+        indices: Tensor,
+        identifiers: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Transform token grids.
+        """Transform inputs and labels (B, L).
 
-        Args:
-            inputs: (B, n²) integer tokens below n + 2.
-            labels: (B, n²) likewise, of the same dtype.
-            puzzles: (B,) int64, which puzzle a row is.
-            indices: (B,) int64, which augmentation of it; 0 leaves the row as it is.
+        Of every row: the number of its example in the split, its augmentation index, and the
+        puzzle identifier of its original, each (B,) int64.
         """
-        n = self.size
-        drawn = below(hash32(self.streams, self.seed, puzzles, indices), self.counts)  # (4, B)
-        digit, row, column, flip = drawn * (indices != 0)  # number 0 of each table: the identity
-        rows, columns = self.rows[row], self.columns[column]  # (B, n)
-        if self.square:  # new[i, j] = old[row(j), column(i)]
-            flip = flip.bool()[:, None]
-            rows, columns = torch.where(flip, columns, rows), torch.where(flip, rows, columns)
-        digits = self.digits[digit]  # (B, n + 2)
-        source = (rows[:, :, None] + columns[:, None, :]).reshape(-1, n * n)
-
-        def transform(tokens: Tensor) -> Tensor:
-            moved = torch.gather(tokens, 1, source)
-            return torch.gather(digits, 1, moved.long()).to(tokens.dtype)
-
-        return transform(inputs), transform(labels)
 
 
-def _sudoku(spec: dict[str, Any], seed: int, device: torch.device) -> Augmentation:
+def _sudoku(spec: dict[str, Any], seed: int, device: torch.device, training: bool) -> Augmentation:
     box = spec.get("box")
     if not isinstance(box, (list, tuple)) or tuple(box) not in BOXES:
         raise DataError(f"loopwright.augmentation.box in dataset.json must be one of {BOXES}.")
     return SudokuAugmentation(tuple(box), seed=seed, device=device)
 
 
-AUGMENTATIONS: dict[str, Callable[[dict[str, Any], int, torch.device], Augmentation]] = {
+def _dihedral(
+    spec: dict[str, Any], seed: int, device: torch.device, training: bool
+) -> Augmentation:
+    size = spec.get("size")
+    if not (isinstance(size, (list, tuple)) and len(size) == 2
+            and all(isinstance(n, int) and n > 0 for n in size)):  # fmt: skip
+        raise DataError(
+            "loopwright.augmentation.size in dataset.json must be [rows, columns] of the grid."
+        )
+    return DihedralAugmentation(tuple(size), device=device)
+
+
+def _arc(spec: dict[str, Any], seed: int, device: torch.device, training: bool) -> Augmentation:
+    if not (isinstance(spec.get("seed"), int) and spec["seed"] >= 0):
+        raise DataError("loopwright.augmentation.seed in dataset.json must be a number from 0 on.")
+    # The dataset's seed, not the run's: identifiers stand for augmentations, also in evaluation.
+    return ArcAugmentation(seed=spec["seed"], translate=training, device=device)
+
+
+_Builder = Callable[[dict[str, Any], int, torch.device, bool], Augmentation]
+AUGMENTATIONS: dict[str, _Builder] = {
     "sudoku": _sudoku,
+    "dihedral": _dihedral,
+    "arc": _arc,
 }
 
 
-def build_augmentation(spec: dict[str, Any], *, seed: int, device: torch.device) -> Augmentation:
+def build_augmentation(
+    spec: dict[str, Any], *, seed: int, device: torch.device, training: bool = True
+) -> Augmentation:
     """The augmentation that a dataset's `loopwright.augmentation` names.
+
+    `training` admits changes that an evaluation has no use for, such as moving a grid about.
 
     Raises:
         DataError: an unknown name or bad parameters.
@@ -124,4 +83,4 @@ def build_augmentation(spec: dict[str, Any], *, seed: int, device: torch.device)
             f"loopwright.augmentation.name is {spec['name']!r} in dataset.json, but this version "
             f"knows {sorted(AUGMENTATIONS)}."
         )
-    return AUGMENTATIONS[spec["name"]](spec, seed, device)
+    return AUGMENTATIONS[spec["name"]](spec, seed, device, training)

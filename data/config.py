@@ -12,17 +12,28 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from data.errors import DataError
 from data.format import FORMAT_VERSION, dataset_info
+from data.hub import PREFIX, download
 
 logger = logging.getLogger(__name__)
 
 _STALE_SECONDS = 24 * 3600  # an unfinished build of a killed process is swept after this time
 
+
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, str) and value else value
+
+
+# A list of paths; a single one may be given as it is.
+Paths = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(_listed, json_schema_input_type=str),
+]
 NumAug = Annotated[int, Field(strict=True, ge=-1, le=10**9)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
@@ -35,6 +46,8 @@ class DatasetConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    causal: ClassVar[bool] = False  # whether the labels are the inputs to come
 
     name: str
     # 0: none; N: an index from 0..N, 0 being the identity (the papers' "1k × 1000" is 1000);
@@ -142,7 +155,12 @@ def _sweep(folder: Path) -> None:
 
 
 def require_file(key: str, value: str, suffixes: tuple[str, ...]) -> Path:
-    """Check that `value`, given for `data.<key>`, is a readable, non-empty file of a known kind."""
+    """Check that `value`, given for `data.<key>`, is a readable, non-empty file of a known kind.
+
+    A file on the hub is downloaded.
+    """
+    if value.startswith(PREFIX):
+        value = download(key, value)
     path = Path(value).expanduser()
     if path.is_dir():
         raise DataError(f"data.{key}={value} is a folder; give a file ({' or '.join(suffixes)}).")

@@ -29,6 +29,10 @@ class FolderConfig(DatasetConfig):
                 "dataset.json; set data.num_aug=0."
             )
 
+    def fingerprint(self) -> str:
+        """As recorded in the folder."""
+        return dataset_info(Path(self.path).expanduser()).fingerprint
+
     def prepare(self, root: str | Path) -> Path:
         """Check everything, every token included; return the folder itself. `root` is not used."""
         self.check()

@@ -9,7 +9,7 @@
     PATH/{train,test}/{set}__ratings.npy          (examples,) int32 difficulty; optional, ours
 
 A group is what belongs together (a task with its variants on disk); one epoch visits every group
-once. Our extras in dataset.json: `"loopwright": {"format", "fingerprint", "augmentation",
+once. Our extras in dataset.json: `"loopwright": {"format", "fingerprint", "augmentation", "task",
 "source"}`. Everything here is NumPy only; nothing is unpickled.
 """
 
@@ -23,7 +23,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.errors import DataError
-from data.puzzles import DatasetInfo, PuzzleDataset, PuzzleSet
+from data.mixture import is_mixture, mixture_info, read_mixture
+from data.puzzles import DatasetInfo, PuzzleDataset, PuzzleSet, TokenStream
+from data.streams import check_stream, read_stream
 
 FORMAT_VERSION = 1
 _MMAP_BYTES = 16 << 20  # token arrays above this size stay on the disk, memory mapped
@@ -63,9 +65,17 @@ def read_dataset(path: str | Path, split: str, *, verify: bool = True) -> Puzzle
         DataError: anything is missing, of a wrong type or shape, or inconsistent.
     """
     path = Path(path)
+    if is_mixture(path):
+        return read_mixture(path, split, lambda part: read_dataset(part, split, verify=verify))
     meta = _read_metadata(path, split)
-    sets = {name: _read_set(path / split, name, meta) for name in meta.sets}
-    groups = sum(len(s.group_indices) - 1 for s in sets.values())
+    stream = meta.loopwright.get("stream")
+    sets = {
+        name: _read_set(path / split, name, meta)
+        if stream is None
+        else read_stream(path / split, name, stream, meta.seq_len)
+        for name in meta.sets
+    }
+    groups = sum(len(s.group_sizes) for s in sets.values())
     if groups != meta.total_groups:
         raise DataError(
             f"{path / split / 'dataset.json'}: total_groups is {meta.total_groups}, "
@@ -73,6 +83,9 @@ def read_dataset(path: str | Path, split: str, *, verify: bool = True) -> Puzzle
         )
     if verify:
         for name, arrays in sets.items():
+            if isinstance(arrays, TokenStream):
+                check_stream(path / split, name, arrays, meta.vocab_size)
+                continue
             _check_tokens(path / split / f"{name}__inputs.npy", arrays.inputs, meta, None)
             _check_tokens(
                 path / split / f"{name}__labels.npy", arrays.labels, meta, meta.ignore_label_id
@@ -86,8 +99,10 @@ def read_dataset(path: str | Path, split: str, *, verify: bool = True) -> Puzzle
         ignore_label_id=meta.ignore_label_id,
         blank_identifier_id=meta.blank_identifier_id,
         fingerprint=_fingerprint(path, meta),
-        augmentation=_augmentation(path, split, meta),
+        augmentation=_named(path, split, meta, "augmentation"),
         sets=sets,
+        task=_named(path, split, meta, "task"),
+        path=path,
     )
 
 
@@ -97,13 +112,15 @@ def dataset_info(path: str | Path) -> DatasetInfo:
     Raises:
         DataError: a split is missing or broken, or the two splits do not fit each other.
     """
+    if is_mixture(Path(path)):
+        return mixture_info(Path(path), dataset_info)
     test = read_dataset(path, "test", verify=False)
     if not (Path(path) / "train").exists():  # a dataset for evaluation
         train, groups, per_puzzle = test, 0, 0.0
     else:
         train = read_dataset(path, "train", verify=False)
         groups = _read_metadata(Path(path), "train").total_groups
-        puzzles = sum(len(s.puzzle_identifiers) for s in train.sets.values())
+        puzzles = sum(s.num_puzzles for s in train.sets.values())
         per_puzzle = sum(len(s) for s in train.sets.values()) / puzzles
     for key in ("vocab_size", "seq_len", "pad_id", "ignore_label_id", "num_puzzle_identifiers"):
         here, there = getattr(train, key), getattr(test, key)
@@ -126,6 +143,8 @@ def dataset_info(path: str | Path) -> DatasetInfo:
         augmentation=train.augmentation,
         fingerprint=train.fingerprint,
         source=_read_metadata(Path(path), train.split).loopwright.get("source"),
+        task=train.task,
+        causal=any(isinstance(s, TokenStream) for s in test.sets.values()),
     )
 
 
@@ -165,11 +184,11 @@ def _read_metadata(path: Path, split: str) -> Metadata:
     return meta
 
 
-def _augmentation(path: Path, split: str, meta: Metadata) -> dict[str, Any] | None:
-    spec = meta.loopwright.get("augmentation")
+def _named(path: Path, split: str, meta: Metadata, key: str) -> dict[str, Any] | None:
+    spec = meta.loopwright.get(key)
     if spec is not None and not (isinstance(spec, dict) and isinstance(spec.get("name"), str)):
         raise DataError(
-            f"{path / split / 'dataset.json'}: loopwright.augmentation must be null or an object "
+            f"{path / split / 'dataset.json'}: loopwright.{key} must be null or an object "
             "with a name."
         )
     return spec
@@ -280,7 +299,10 @@ def _fingerprint(path: Path, meta: Metadata) -> str:
 
 
 def write_dataset(path: str | Path, dataset: PuzzleDataset, *, source: str | None = None) -> None:
-    """Write one split below `path`, synced to the disk; use `build_once` to make it atomic."""
+    """Write one split of puzzles below `path`, synced to the disk.
+
+    Use `build_once` to make it atomic.
+    """
     folder = Path(path) / dataset.split
     folder.mkdir(parents=True, exist_ok=True)
     for name, arrays in dataset.sets.items():
@@ -288,8 +310,20 @@ def write_dataset(path: str | Path, dataset: PuzzleDataset, *, source: str | Non
             _save(folder / f"{name}__{key}.npy", getattr(arrays, key))
         if arrays.ratings is not None:
             _save(folder / f"{name}__ratings.npy", arrays.ratings.astype(np.int32))
+    write_metadata(path, dataset, source=source)
+
+
+def write_metadata(
+    path: str | Path,
+    dataset: PuzzleDataset,
+    *,
+    source: str | None,
+    stream: dict[str, list[int]] | None = None,
+) -> None:
+    """Write dataset.json of one split below `path`; `stream` of sets that are token streams."""
+    folder = Path(path) / dataset.split
     sets = dataset.sets.values()
-    examples, puzzles = sum(map(len, sets)), sum(len(s.puzzle_identifiers) for s in sets)
+    examples, puzzles = sum(map(len, sets)), sum(s.num_puzzles for s in sets)
     metadata = {
         "pad_id": dataset.pad_id,
         "ignore_label_id": dataset.ignore_label_id,
@@ -297,7 +331,7 @@ def write_dataset(path: str | Path, dataset: PuzzleDataset, *, source: str | Non
         "vocab_size": dataset.vocab_size,
         "seq_len": dataset.seq_len,
         "num_puzzle_identifiers": dataset.num_puzzle_identifiers,
-        "total_groups": sum(len(s.group_indices) - 1 for s in sets),
+        "total_groups": sum(len(s.group_sizes) for s in sets),
         "mean_puzzle_examples": examples / puzzles,
         "total_puzzles": puzzles,
         "sets": list(dataset.sets),
@@ -305,7 +339,9 @@ def write_dataset(path: str | Path, dataset: PuzzleDataset, *, source: str | Non
             "format": FORMAT_VERSION,
             "fingerprint": dataset.fingerprint,
             "augmentation": dataset.augmentation,
+            "task": dataset.task,
             "source": source,
+            **({} if stream is None else {"stream": stream}),
         },
     }
     with (folder / "dataset.json").open("w", encoding="utf-8") as stream:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from data.config import DatasetConfig, Seed, file_sha256, require_file
-from data.errors import DataError
+from data.csv_config import CsvDatasetConfig, StrictBool, StrictInt
 from data.format import write_dataset
 from data.puzzles import PuzzleDataset, PuzzleSet
 from data.sudoku_4x4 import NUM_GRIDS
-from data.sudoku_csv import SUFFIXES, SudokuTable, check_header, read_sudoku_csv, require_unique
+from data.sudoku_csv import read_sudoku_csv, require_unique
 from data.sudoku_generate import GeneratorSpec, generate_splits, most_puzzles_4x4
 from data.sudoku_rules import BOXES, FEWEST_CLUES
-from data.sudoku_split import (
-    hold_out,
-    refuse_shared,
-    select_ratings,
-    subsample,
-    warn_of_equivalents,
-)
+from data.sudoku_split import hold_out, warn_of_equivalents
+from data.tables import PuzzleTable, refuse_shared, select_ratings, subsample
 
-_BUILDER = 1  # raise it when the same configuration gives another dataset
-_UNLIMITED = 2**31 - 1
+_BUILDER = 2  # raise it when the same configuration gives another dataset
 
 _DEFAULT_TRAIN = {(2, 2): 20_000, (2, 3): 20_000, (3, 2): 20_000, (3, 3): 1_000}
 _DEFAULT_TEST = 1_000
@@ -33,43 +26,30 @@ _DEFAULT_TEST = 1_000
 _DEFAULT_CLUES = {(2, 2): (4, 8), (2, 3): (8, 18), (3, 2): (8, 18), (3, 3): (17, 40)}
 _DEFAULT_HOLDOUT = 48
 
-Count = Annotated[int, Field(strict=True, ge=1, le=10_000_000)]
-Rating = Annotated[int, Field(strict=True, ge=0, le=_UNLIMITED)]
-StrictInt = Annotated[int, Field(strict=True)]
-CsvPath = Annotated[str, Field(min_length=1)]
-
 
 def _shown(value: object) -> object:
     """A sequence as the command line has it."""
     return list(value) if isinstance(value, tuple) else value
 
 
-class SudokuConfig(DatasetConfig):
+class SudokuConfig(CsvDatasetConfig):
     """`data=sudoku`: puzzles of CSV files where one is given, generated ones otherwise.
 
-    `test_csv` alone is a dataset for evaluation. A CSV training file needs a test set: `test_csv`,
-    or `test_fraction` to hold out a share of the rows (puzzles that are symmetry-equivalent stay
-    on one side). `min_rating` and `max_rating` select training puzzles of a CSV file (a test file
-    is taken as it is), and training and test puzzles of the generator. The rating of generated
-    puzzles is the number of guesses of a search that proves the solution unique; 0 means that
-    singles are enough.
+    Held out by `test_fraction`, puzzles that are symmetry-equivalent stay on one side. Of generated
+    puzzles `min_rating` and `max_rating` select both splits; their rating is the number of guesses
+    of a search that proves the solution unique; 0 means that singles are enough. By default 1,000
+    test and 20,000 training puzzles are generated (1,000 for 3×3 boxes).
     """
+
+    generator_keys: ClassVar[tuple[str, ...]] = (
+        "num_train", "num_test", "num_clues", "holdout_grids", "minimal",
+    )  # fmt: skip
 
     name: Literal["sudoku"] = "sudoku"
     box: tuple[StrictInt, StrictInt] = (3, 3)  # rows and columns of a box
-    seed: Seed = 0
-    min_rating: Rating | None = None
-    max_rating: Rating | None = None
-    # From CSV
-    train_csv: CsvPath | None = None
-    test_csv: CsvPath | None = None
-    test_fraction: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
-    max_train: Count | None = None  # a seeded subsample of the training rows
-    check_unique: Annotated[bool, Field(strict=True)] = True  # one solution each; takes a search
+    check_unique: StrictBool = True  # of CSV files: one solution each; takes a search
     # Generated
-    num_train: Count | None = None  # default 20,000, or 1,000 for 3×3 boxes
-    num_test: Count | None = None  # default 1,000
-    minimal: Annotated[bool, Field(strict=True)] = False  # no clue can be spared
+    minimal: StrictBool = False  # no clue can be spared
     num_clues: StrictInt | tuple[StrictInt, StrictInt] | None = None  # exactly, or from..to
     holdout_grids: StrictInt | None = None  # 2×2 boxes: solution grids for the test; default 48
 
@@ -99,46 +79,12 @@ class SudokuConfig(DatasetConfig):
                 f"data.num_aug={self.num_aug} must be 0 for data.box=[2,2]: the 288 solution "
                 "grids fall into two symmetry classes, so augmenting recreates the held-out ones"
             )
-        if self.rating_range[0] > self.rating_range[1]:
-            raise ValueError(
-                f"data.min_rating={self.min_rating} must not exceed "
-                f"data.max_rating={self.max_rating}"
-            )
-        if self.train_csv is None and self.test_csv is None:
+        self.check_source_keys()
+        if not self.from_csv:
             self._check_generator_keys()
-        else:
-            self._check_csv_keys()
         return self
 
-    def _check_csv_keys(self) -> None:
-        given = "data.train_csv" if self.train_csv else "data.test_csv"
-        for key in ("num_train", "num_test", "num_clues", "holdout_grids"):
-            if getattr(self, key) is not None:
-                raise ValueError(
-                    f"data.{key} is for generated puzzles and {given} is given; "
-                    f"use {'data.max_train' if key == 'num_train' else 'only one of the two'}"
-                )
-        if self.minimal:
-            raise ValueError(
-                f"data.minimal is for generated puzzles and {given} is given; "
-                "use only one of the two"
-            )
-        if self.train_csv is None:
-            for key in ("test_fraction", "max_train", "min_rating", "max_rating"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"data.{key} needs data.train_csv; give that, too")
-            return
-        if (self.test_csv is None) == (self.test_fraction is None):
-            state = "alone" if self.test_csv is None else "with both"
-            raise ValueError(
-                f"data.train_csv is given {state}; give either data.test_csv, or "
-                "data.test_fraction (such as 0.1) to hold out a share of the training file"
-            )
-
     def _check_generator_keys(self) -> None:
-        for key in ("test_fraction", "max_train"):
-            if getattr(self, key) is not None:
-                raise ValueError(f"data.{key} needs data.train_csv; give that, too")
         fewest, cells = FEWEST_CLUES[self.box], (self.box[0] * self.box[1]) ** 2
         low, high = self.clue_range
         if not fewest <= low <= high < cells:
@@ -173,12 +119,6 @@ class SudokuConfig(DatasetConfig):
                 )
 
     @property
-    def rating_range(self) -> tuple[int, int]:
-        """Lowest and highest admitted rating."""
-        high = _UNLIMITED if self.max_rating is None else self.max_rating
-        return self.min_rating or 0, high
-
-    @property
     def clue_range(self) -> tuple[int, int]:
         """Fewest and most clues of a generated puzzle."""
         if isinstance(self.num_clues, tuple):
@@ -201,78 +141,45 @@ class SudokuConfig(DatasetConfig):
             return 0
         return _DEFAULT_HOLDOUT if self.holdout_grids is None else self.holdout_grids
 
-    def test_only(self) -> SudokuConfig:
-        """Where there is a test file: that file alone, whatever the training puzzles were."""
-        if self.test_csv is None:
-            return self
-        training = ("train_csv", "test_fraction", "max_train", "min_rating", "max_rating")
-        return self.model_copy(update=dict.fromkeys(training))
-
     def label(self) -> str:
         """Such as sudoku-9x9."""
         n = self.box[0] * self.box[1]
         return f"sudoku-{n}x{n}"
 
-    def _files(self) -> dict[str, Path]:
-        given = {"train_csv": self.train_csv, "test_csv": self.test_csv}
-        return {key: require_file(key, value, SUFFIXES) for key, value in given.items() if value}
-
-    def check(self) -> None:
-        """Check that the CSV files are there and begin as they should."""
-        for key, path in self._files().items():
-            has_ratings = check_header(path)
-            limited = self.min_rating is not None or self.max_rating is not None
-            if key == "train_csv" and limited and not has_ratings:
-                raise DataError(
-                    f"data.min_rating and data.max_rating need a rating column, and {path} has "
-                    "none; leave them out."
-                )
-
     def identity(self) -> dict[str, object]:
-        """All keys but `num_aug` (nothing augmented is stored); files by their contents."""
-        keys = self.model_dump(mode="json", exclude={"num_aug", "train_csv", "test_csv"})
-        if not (self.train_csv or self.test_csv):
+        """As all such datasets; of generated ones with the defaults spelled out."""
+        keys = super().identity()
+        if not self.from_csv:
             keys |= {
                 "num_train": self._train_count,
                 "num_test": self._test_count,
                 "holdout_grids": self._holdout,
                 "num_clues": [self.clue_range, self._clue_draw],
             }
-        files = {key: file_sha256(path) for key, path in self._files().items()}
-        return {"builder": _BUILDER, **keys, **files}
+        return {"builder": _BUILDER, **keys}
 
     @property
     def _clue_draw(self) -> tuple[int, int]:
         return _DEFAULT_CLUES[self.box] if self.num_clues is None else self.clue_range
 
     def build(self, folder: Path, fingerprint: str) -> None:
-        """Write the training (unless there is none) and the test split, as one set `all` each."""
-        if not (self.train_csv or self.test_csv):
-            source = "generated"
-            train, test = generate_splits(
-                GeneratorSpec(
-                    box=self.box,
-                    num_train=self._train_count,
-                    num_test=self._test_count,
-                    seed=self.seed,
-                    minimal=self.minimal,
-                    clues=self.clue_range,
-                    draw=self._clue_draw,
-                    ratings=self.rating_range,
-                    holdout_grids=self._holdout,
-                )
-            )
+        """Write the training split (unless there is none), and the test split with its sets."""
+        if self.from_csv:
+            train, tests = self._read_splits()
         else:
-            source = " and ".join(path.name for path in self._files().values())
-            train, test = self._read_splits()
-        augmentation = None if self.box == (2, 2) else {"name": "sudoku", "box": list(self.box)}
+            train, test = self._generate()
+            tests = {"all": test}
         digits = self.box[0] * self.box[1]
-        for split, table in (("train", train), ("test", test)):
-            if table is None:
+        for split, tables in (("train", {"all": train}), ("test", tests)):
+            if train is None and split == "train":
                 continue
-            arrays = PuzzleSet.of_single_examples(
-                table.questions + np.uint8(1), table.answers + np.uint8(1), table.ratings
-            )
+            sets = {}
+            for name, table in tables.items():
+                for grids in (table.questions, table.answers):
+                    np.add(grids, 1, out=grids)
+                sets[name] = PuzzleSet.of_single_examples(
+                    table.questions, table.answers, table.ratings
+                )
             dataset = PuzzleDataset(
                 split=split,
                 vocab_size=digits + 2,
@@ -282,32 +189,53 @@ class SudokuConfig(DatasetConfig):
                 ignore_label_id=0,
                 blank_identifier_id=0,
                 fingerprint=fingerprint,
-                augmentation=augmentation,
-                sets={"all": arrays},
+                augmentation=self._augmentation(),
+                sets=sets,
+                task={"name": "sudoku", "box": list(self.box)},
             )
-            write_dataset(folder, dataset, source=source)
+            write_dataset(folder, dataset, source=self.source())
 
-    def _read_splits(self) -> tuple[SudokuTable | None, SudokuTable]:
-        """Read, validate and split the CSV files; the cheap checks of both come first."""
-        files = self._files()
-        if self.train_csv is None:
-            test = read_sudoku_csv(files["test_csv"], self.box)
-            if self.check_unique:
-                require_unique(files["test_csv"], test, self.box)
-            return None, test
-        train_file, test_file = files["train_csv"], files.get("test_csv")
-        train = read_sudoku_csv(train_file, self.box)
-        if test_file is None:
-            train, test = hold_out(train, train_file, self.box, self.test_fraction, self.seed)
-        else:
-            test = read_sudoku_csv(test_file, self.box)
-            refuse_shared(train, train_file, test, test_file)
-        if self.min_rating is not None or self.max_rating is not None:
-            train = select_ratings(train, train_file, self.rating_range)
-        if self.max_train is not None:
-            train = subsample(train, train_file, self.max_train, self.seed)
+    def _augmentation(self) -> dict[str, object] | None:
+        return None if self.box == (2, 2) else {"name": "sudoku", "box": list(self.box)}
+
+    def _generate(self) -> tuple[PuzzleTable, PuzzleTable]:
+        return generate_splits(
+            GeneratorSpec(
+                box=self.box,
+                num_train=self._train_count,
+                num_test=self._test_count,
+                seed=self.seed,
+                minimal=self.minimal,
+                clues=self.clue_range,
+                draw=self._clue_draw,
+                ratings=self.rating_range,
+                holdout_grids=self._holdout,
+            )
+        )
+
+    def _read_splits(self) -> tuple[PuzzleTable | None, dict[str, PuzzleTable]]:
+        """Read, validate and split the CSV files; the cheap checks of all come first."""
+        files = {name: self.file("test_csv", value) for name, value in self.test_files.items()}
+        tests = {name: read_sudoku_csv(path, self.box) for name, path in files.items()}
+        train, train_file = None, self.train_file
+        if train_file is not None:
+            train = read_sudoku_csv(train_file, self.box)
+            for name, path in files.items():
+                refuse_shared(train, train_file, tests[name], path)
+            if not files:
+                train, held_out = hold_out(
+                    train, train_file, self.box, self.test_fraction, self.seed
+                )
+                tests, files = {"all": held_out}, {"all": train_file}
+            if self.min_rating is not None or self.max_rating is not None:
+                train = select_ratings(train, train_file, self.rating_range)
+            if self.max_train is not None:
+                train = subsample(train, train_file, self.max_train, self.seed)
         if self.check_unique:
-            require_unique(train_file, train, self.box)
-            require_unique(test_file or train_file, test, self.box)
-        warn_of_equivalents(train, test, self.box)
-        return train, test
+            if train is not None:
+                require_unique(train_file, train, self.box)
+            for name, table in tests.items():
+                require_unique(files[name], table, self.box)
+        if train is not None:
+            warn_of_equivalents(train, tests, self.box)
+        return train, tests

@@ -15,9 +15,9 @@ import numpy as np
 from data.errors import DataError
 from data.hashing import hash32
 from data.sudoku_4x4 import NUM_GRIDS, candidates_4x4
-from data.sudoku_csv import SudokuTable
 from data.sudoku_rules import FEWEST_CLUES, symmetry_hash
 from data.sudoku_solver import candidates
+from data.tables import PuzzleTable
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class GeneratorSpec:
     holdout_grids: int = 0  # 2×2 boxes only
 
 
-def generate_splits(spec: GeneratorSpec) -> tuple[SudokuTable, SudokuTable]:
+def generate_splits(spec: GeneratorSpec) -> tuple[PuzzleTable, PuzzleTable]:
     """Make the training and the test puzzles: distinct, uniquely solvable, reproducible by seed.
 
     Raises:
@@ -59,7 +59,7 @@ def generate_splits(spec: GeneratorSpec) -> tuple[SudokuTable, SudokuTable]:
         known = np.unique(_class(spec, train))
         solutions = {row.tobytes() for row in train.answers}
 
-        def fresh(table: SudokuTable) -> np.ndarray:
+        def fresh(table: PuzzleTable) -> np.ndarray:
             own = np.array([row.tobytes() not in solutions for row in table.answers], bool)
             return own & ~np.isin(_class(spec, table), known)
 
@@ -75,11 +75,11 @@ def generate_splits(spec: GeneratorSpec) -> tuple[SudokuTable, SudokuTable]:
     return train, test
 
 
-def _class(spec: GeneratorSpec, table: SudokuTable) -> np.ndarray:
+def _class(spec: GeneratorSpec, table: PuzzleTable) -> np.ndarray:
     return symmetry_hash(table.questions, table.answers, spec.box)
 
 
-def require_disjoint(train: SudokuTable, test: SudokuTable) -> None:
+def require_disjoint(train: PuzzleTable, test: PuzzleTable) -> None:
     """Assert that no solution grid is in both splits."""
     shared = {row.tobytes() for row in train.answers} & {row.tobytes() for row in test.answers}
     if shared:
@@ -92,11 +92,11 @@ def _collect(
     count: int,
     stream: int,
     grids: np.ndarray | None,
-    fresh: Callable[[SudokuTable], np.ndarray] | None,
-) -> SudokuTable:
+    fresh: Callable[[PuzzleTable], np.ndarray] | None,
+) -> PuzzleTable:
     """The first `count` distinct candidates of a stream that meet the limits."""
     seen: set[bytes] = set()
-    parts: list[SudokuTable] = []
+    parts: list[PuzzleTable] = []
     tried = recent_tried = recent_found = 0
     low, high = (0, 0) if spec.minimal else spec.draw
     while len(seen) < count:
@@ -107,7 +107,7 @@ def _collect(
             made = candidates_4x4(tried, _BATCH, grids=grids, **wanted)
         questions, answers, ratings = made
         tried += _BATCH
-        table = SudokuTable(questions, answers, ratings)
+        table = PuzzleTable(questions, answers, ratings)
         clues = (questions > 0).sum(axis=1)
         keep = (clues >= spec.clues[0]) & (clues <= spec.clues[1])
         keep &= (ratings >= spec.ratings[0]) & (ratings <= spec.ratings[1])
@@ -129,7 +129,7 @@ def _collect(
                 )
             recent_tried = recent_found = 0
             logger.info("%s: %d of %d puzzles", key, len(seen), count)
-    return SudokuTable(
+    return PuzzleTable(
         np.concatenate([p.questions for p in parts]),
         np.concatenate([p.answers for p in parts]),
         np.concatenate([p.ratings for p in parts]),

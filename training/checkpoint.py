@@ -162,11 +162,15 @@ def read_tensors(path: Path, stem: str) -> dict[str, Tensor]:
     return load_file(file) if file.exists() else {}
 
 
-def mark_best(run_dir: Path, step: int, value: float) -> None:
-    """Note that the checkpoint of `step` is the best so far, with its exact accuracy."""
+def mark_best(run_dir: Path, step: int, value: float, merit: float | None = None) -> None:
+    """Note that the checkpoint of `step` is the best so far, with its exact accuracy.
+
+    `merit` is what it was chosen by, where that is something else.
+    """
+    chosen_by = {} if merit in (None, value) else {"merit": merit}
     path = folder(run_dir) / BEST
     temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps({"step": step, "exact_accuracy": value}) + "\n")
+    temporary.write_text(json.dumps({"step": step, "exact_accuracy": value, **chosen_by}) + "\n")
     sync(temporary)
     temporary.replace(path)
 

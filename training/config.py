@@ -41,7 +41,13 @@ class EvalConfig(Section):
 
     batch_size: int | None = Field(None, ge=1, le=2**20, description="null: as in training")
     max_examples: int | None = Field(None, ge=1, le=10**9, description="seeded subset of each")
+    num_aug: int | None = Field(
+        None, ge=0, le=10**9, description="augmentations that vote (ARC); null: all"
+    )
     save_predictions: bool = Field(False, description="write predictions.npz with the report")
+    add_votes: tuple[str, ...] = Field(
+        (), description="votes.npz of other checkpoints that vote, too (ARC)"
+    )
 
 
 class WandbConfig(Section):
@@ -89,6 +95,9 @@ class RunConfig(Section):
 
     device: Device = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: CUDA")
+    num_workers: int = Field(
+        0, ge=0, le=256, description="processes that load data; 0: loaded on the device itself"
+    )
 
     kernels: Literal["auto", "off"] = Field(
         "auto", description="fused Triton kernels of the model; auto: CUDA in half precision"

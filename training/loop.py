@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import sys
 import time
@@ -31,6 +32,7 @@ from training.plot import plot_run
 from training.resolve import ResolvedRun, command
 from training.resume import Resume, WarmStart
 from training.run_folder import describe, discard, environment, lock, write_summary
+from training.speed import describe_speed
 from training.state import LOSSES, METRICS, TrainState
 from training.step import learning_rates, train_step
 
@@ -85,7 +87,7 @@ class Trainer:
         self.state = TrainState(run, self.datasets["train"], device)
         prepare_execution(self.state, config)
         self._announce(device)
-        self.best = -1.0
+        self.best = -math.inf
         self.saved_step: int | None = None
         self.started_at = 0
         self.seconds = 0.0  # spent in training steps, over all sittings
@@ -94,12 +96,14 @@ class Trainer:
             self.seconds = run.resume.index["seconds"]
             self.started_at = self.state.step
             checkpoint.tidy(run.run_dir, self.state.step)
-            self.best = (checkpoint.best(run.run_dir) or {}).get("exact_accuracy", -1.0)
+            best = checkpoint.best(run.run_dir) or {}
+            self.best = best.get("merit", best.get("exact_accuracy", -math.inf))
             if (checkpoint.folder(run.run_dir) / checkpoint.name(self.state.step)).exists():
                 self.saved_step = self.state.step
         elif isinstance(run.resume, WarmStart):
             self.state.warm_start(run.resume, run.dataset_path)
         self.logger = RunLogger(run, self.state.step)
+        self.intervals = 0  # logged in this sitting
         self.reports: dict[str, SetReport] = {}
         self.evaluated_step: int | None = None
 
@@ -149,6 +153,7 @@ class Trainer:
         finally:
             progress.close()
             stop.restore()
+            state.loader.close()
 
     def _count_time(self, clock: float) -> float:
         """Add what passed since `clock` to the training time; returns the clock now."""
@@ -178,6 +183,10 @@ class Trainer:
             value.zero_()
         self._check_finite(int(nonfinite))
         steps, count = max(sums["train_steps"], 1), max(sums["count"], 1)
+        self.intervals += 1
+        if self.intervals == 2:  # the first one compiled
+            logger.info("%s", describe_speed(run, state.device, elapsed / steps))
+            clock = time.perf_counter()
         rows = steps * config.global_batch_size
         metrics = {f"train/{k}": sums[k] / count for k in METRICS if k != "count"}
         metrics |= {f"train/{k}": sums[k] / rows for k in LOSSES if sums[k] or k != LOSSES[-1]}
@@ -218,24 +227,30 @@ class Trainer:
                 batch_size=config.eval.batch_size or config.global_batch_size,
                 seed=config.seed,
                 device=state.device,
-                predictions_dir=run.run_dir if config.eval.save_predictions else None,
+                output_dir=run.run_dir,
             )
         self.evaluated_step = state.step
         logger.info("evaluation at step %d\n%s", state.step, table(self.reports))
-        values = {f"{s}/{k}": v for s, r in self.reports.items() for k, v in asdict(r).items()}
+        values = {f"{s}/{k}": v for s, r in self.reports.items() for k, v in r.values().items()}
         self.logger.log(state.step, {**values, "train_seconds": self.seconds})
-        score = self.score()
-        if score > self.best:
-            self.best = score
+        merit = self.merit()
+        if merit > self.best:
+            self.best = merit
             self._save()
             if self.saved_step == state.step:
-                self._attempt("mark the best checkpoint", checkpoint.mark_best, state.step, score)
+                self._attempt("mark the best checkpoint", checkpoint.mark_best, state.step,
+                              self.score(), merit)  # fmt: skip
 
     def score(self) -> float:
         """Exact accuracy over all test puzzles."""
         puzzles = sum(r.count for r in self.reports.values())
         right = sum(r.exact_accuracy * r.count for r in self.reports.values())
         return right / max(puzzles, 1)
+
+    def merit(self) -> float:
+        """What the best checkpoint is chosen by: the task's own measure, or exact accuracy."""
+        own = [r.merit for r in self.reports.values() if r.merit is not None]
+        return sum(own) / len(own) if own else self.score()
 
     def _save(self) -> None:
         run, state = self.run, self.state
@@ -283,7 +298,7 @@ class Trainer:
             "train_seconds": round(self.seconds, 3),
             "steps_per_second": round(state.step / max(self.seconds, 1e-9), 4),
             "exact_accuracy": self.score() if self.reports else None,
-            "sets": {name: asdict(r) for name, r in self.reports.items()},
+            "sets": {name: r.values() for name, r in self.reports.items()},
         }
         write_summary(run.run_dir, summary)
         try:

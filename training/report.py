@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from models.files import HUB
 from training import checkpoint
 from training.config import EvaluateConfig, RunConfig, validate, validate_data
 from training.errors import ConfigError
-from training.resolve import check_device
+from training.resolve import World, check_device
 from training.resume import Resume, WarmStart, find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class ResolvedEvaluation:
     dataset_path: Path
     info: DatasetInfo
     output_dir: Path
+    world: World
 
     @property
     def batch_size(self) -> int:
@@ -82,7 +83,9 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir={output_dir} cannot be created: {error.strerror}") from None
-    return ResolvedEvaluation(config, trained, found, dims, dataset_path, info, output_dir)
+    return ResolvedEvaluation(
+        config, trained, found, dims, dataset_path, info, output_dir, World.from_environment()
+    )
 
 
 def _require_writable(output_dir: Path) -> None:
@@ -170,9 +173,10 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
         wants_compile,
     )
     from training.evaluation import evaluate, table
+    from training.ranks import joined
 
     config, found = job.config, job.checkpoint
-    device = choose_device(config.device)
+    device = choose_device(config.device, job.world.local_rank)
     set_determinism(device)
     with memory_advice(job.trained):
         model = build_model(job.trained.arch, job.dims, seed=0, device=device)
@@ -184,22 +188,26 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
         logger.info("checkpoint %s: step %s, %s weights", found.path,
                     "unknown" if step is None else step, config.weights.upper())  # fmt: skip
         logger.info("device %s", device_name(device))
-        reports = evaluate(
-            ACT(model),
-            read_dataset(job.dataset_path, "test"),
-            config.eval,
-            batch_size=job.batch_size,
-            seed=config.seed,
-            device=device,
-            predictions_dir=job.output_dir if config.eval.save_predictions else None,
-        )
+        with joined(job.world) as ranks:
+            reports = evaluate(
+                ACT(model),
+                read_dataset(job.dataset_path, "test"),
+                config.eval,
+                batch_size=job.batch_size,
+                seed=config.seed,
+                device=device,
+                output_dir=job.output_dir,
+                ranks=ranks,
+            )
     report = {
         "checkpoint": str(found.path),
         "step": step,
         "weights": config.weights,
         "dataset": str(job.dataset_path),
-        "sets": {name: asdict(r) for name, r in reports.items()},
+        "sets": {name: r.values() for name, r in reports.items()},
     }
+    if job.world.rank > 0:
+        return report
     path = job.output_dir / f"evaluation-{found.path.name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     logger.info("%s", table(reports))

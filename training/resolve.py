@@ -120,8 +120,18 @@ def check(config: RunConfig, world: World) -> None:
     if config.device == "mps" and config.arch.forward_dtype == "float64":
         raise ConfigError("arch.forward_dtype=float64 does not exist on device=mps; use float32")
     check_device(config.device)
+    check_causal(config, config.data.causal)
     config.arch.check_machine()
     config.data.check()
+
+
+def check_causal(config: RunConfig, causal: bool) -> None:
+    """Raise ConfigError where the model could see the labels among its inputs."""
+    if causal and not config.arch.causal:
+        raise ConfigError(
+            f"arch.causal=false: the labels of data={config.data.name} are the tokens to come, "
+            "which the model must not see; set arch.causal=true"
+        )
 
 
 def count_steps(config: RunConfig, info: DatasetInfo) -> int:
@@ -205,6 +215,7 @@ def resolve(values: dict[str, Any], overrides: list[str]) -> ResolvedRun:
     try:
         dataset_path = config.data.prepare(Path(config.datasets_dir))
         info = dataset_info(dataset_path)
+        check_causal(config, info.causal)
         total_steps = count_steps(config, info)
         if isinstance(found, Resume):
             found.check_dataset(info)

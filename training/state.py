@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import PuzzleDataset, TrainLoader
+from data import PuzzleDataset, make_train_loader
 from models import ACT, Carry, build_model
 from models.files import identifiers
 from models.legacy import resize_puzzles
@@ -57,8 +57,9 @@ class TrainState:
         self.ema = EMA(model.named_parameters(), config.ema_rate) if config.ema else None
         if self.ema is not None:
             self.ema.attach(*self.optimizers.values())
-        self.loader = TrainLoader(
+        self.loader = make_train_loader(
             dataset,
+            num_workers=config.num_workers,
             global_batch_size=config.global_batch_size,
             seed=config.seed,
             num_aug=config.data.num_aug,

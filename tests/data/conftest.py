@@ -1,6 +1,7 @@
 """Small datasets that the tests of data/ share."""
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,34 @@ def sudoku9(tmp_path_factory):
     """A generated 9×9 training split with augmentation."""
     config = SudokuConfig(num_train=60, num_test=20)
     return read_dataset(config.prepare(tmp_path_factory.mktemp("datasets")), "train")
+
+
+def arc_task(number: int) -> dict:
+    """A made-up ARC task: grids of several sizes, the output is the input turned and recoloured."""
+    rng = np.random.default_rng(number)
+
+    def pair() -> dict:
+        rows, columns = rng.integers(1, 31, 2)
+        grid = rng.integers(0, 10, (rows, columns))
+        return {"input": grid.tolist(), "output": ((grid.T + number) % 10).tolist()}
+
+    return {"train": [pair() for _ in range(3)], "test": [pair() for _ in range(1 + number % 2)]}
+
+
+def arc_set(first: int, count: int) -> dict[str, dict]:
+    """Tasks by name, in the form that holds the answers, too."""
+    return {f"task{n:04d}": arc_task(n) for n in range(first, first + count)}
+
+
+def write_kaggle(folder: Path, name: str, tasks: dict[str, dict], *, solutions: bool = True) -> str:
+    """Write tasks in Kaggle's form; the path of the challenges."""
+    hidden = {
+        key: {"train": t["train"], "test": [{"input": p["input"]} for p in t["test"]]}
+        for key, t in tasks.items()
+    }
+    path = folder / f"arc-agi_{name}_challenges.json"
+    path.write_text(json.dumps(hidden))
+    if solutions:
+        answers = {key: [p["output"] for p in t["test"]] for key, t in tasks.items()}
+        (folder / f"arc-agi_{name}_solutions.json").write_text(json.dumps(answers))
+    return str(path)

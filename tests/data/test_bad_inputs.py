@@ -155,8 +155,8 @@ def unreadable_middle(folder):
 BAD_FILES = {
     "missing": (lambda f: str(f / "none.csv"), "does not exist"),
     "a folder": (lambda f: str(f), "is a folder"),
-    "other extension": (write("a.parquet", b"x"), "must end in .csv or .csv.gz"),
-    "an archive": (write("a.csv.xz", b"x"), "must end in .csv or .csv.gz"),
+    "other extension": (write("a.parquet", b"x"), "must end in .csv"),
+    "an archive": (write("a.zip", b"x"), "must end in .csv or .csv.gz or .csv.xz"),
     "empty": (write("a.csv", b""), "is empty"),
     "header only": (write("a.csv", b"source,question,answer,rating\n"), "has no puzzles"),
     "blank lines only": (write("a.csv", b"source,question,answer,rating\n\n\n"), "has no puzzles"),

@@ -146,7 +146,8 @@ def test_groups_give_all_examples_of_one_puzzle(num_sets):
 def test_memory_mapped_and_resident_data_give_the_same(make):
     args = {"global_batch_size": 12, "seed": 3, "device": CPU}
     resident, streamed = TrainLoader(make(), **args), TrainLoader(make(), resident_bytes=0, **args)
-    assert resident.store.resident is not None and streamed.store.resident is None
+    assert resident.sources[0].store.resident is not None
+    assert streamed.sources[0].store.resident is None
     assert all(same(resident.batch(s), streamed.batch(s)) for s in range(6))
 
 

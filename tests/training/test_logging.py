@@ -20,7 +20,7 @@ TRAIN_KEYS = {
     "examples_per_second", "train_seconds", "nonfinite_steps", "epoch",
 }  # fmt: skip
 SET_KEYS = {"count", "accuracy", "exact_accuracy", "q_halt_accuracy", "steps", "lm_loss",
-            "q_halt_loss"}  # fmt: skip
+            "q_halt_loss", "violations", "valid"}  # fmt: skip
 
 
 def read(run_dir) -> list[dict]:
