@@ -2,7 +2,7 @@
 
 Read are `.safetensors` files and torch files (state dicts, or training states of the ancestors'
 forks), of which only tensors and plain values are unpickled. What lies beside an ancestor's file is
-used: `all_config.yaml` (its configuration) and `identifiers.json` (names of its puzzles).
+used: `all_config.yaml`, its configuration.
 """
 
 from __future__ import annotations
@@ -138,16 +138,6 @@ def reference_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
         raise ModelError(f"{beside} cannot be read: {str(error).splitlines()[0]}") from None
     return arch if isinstance(arch, dict) else {}
-
-
-def identifiers(folder: Path) -> list[str] | None:
-    """Names of puzzles by row of the embedding, from `identifiers.json` in `folder`, or None."""
-    file = folder / "identifiers.json"
-    try:
-        names = json.loads(file.read_text()) if file.is_file() else None
-    except (OSError, ValueError):
-        return None
-    return names if isinstance(names, list) else None
 
 
 def newest_file(folder: Path) -> Path | None:
