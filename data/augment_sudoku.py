@@ -79,6 +79,22 @@ class SudokuAugmentation:
             indices: (B,) int64, which augmentation of it; 0 leaves the row as it is.
             identifiers: not used here.
         """
+        source, digits = self._draw(examples, indices)
+
+        def transform(tokens: Tensor) -> Tensor:
+            moved = torch.gather(tokens, 1, source)
+            return torch.gather(digits, 1, moved.long()).to(tokens.dtype)
+
+        return transform(inputs), transform(labels)
+
+    def invert(self, tokens: Tensor, examples: Tensor, indices: Tensor) -> Tensor:
+        """The grids (B, n²) of which these are the augmentations: undoes `__call__`."""
+        source, digits = self._draw(examples, indices)
+        back = torch.gather(digits.argsort(1), 1, tokens.long()).to(tokens.dtype)
+        return torch.empty_like(tokens).scatter_(1, source, back)
+
+    def _draw(self, examples: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Source cell of every cell (B, n²) and new token of every token (B, n + 2)."""
         n = self.size
         drawn = below(hash32(self.streams, self.seed, examples, indices), self.counts)  # (4, B)
         digit, row, column, flip = drawn * (indices != 0)  # number 0 of each table: the identity
@@ -86,11 +102,5 @@ class SudokuAugmentation:
         if self.square:  # new[i, j] = old[row(j), column(i)]
             flip = flip.bool()[:, None]
             rows, columns = torch.where(flip, columns, rows), torch.where(flip, rows, columns)
-        digits = self.digits[digit]  # (B, n + 2)
         source = (rows[:, :, None] + columns[:, None, :]).reshape(-1, n * n)
-
-        def transform(tokens: Tensor) -> Tensor:
-            moved = torch.gather(tokens, 1, source)
-            return torch.gather(digits, 1, moved.long()).to(tokens.dtype)
-
-        return transform(inputs), transform(labels)
+        return source, self.digits[digit]

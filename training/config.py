@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from data import DATASETS, DatasetConfig
@@ -48,6 +48,38 @@ class EvalConfig(Section):
     add_votes: tuple[str, ...] = Field(
         (), description="votes.npz of other checkpoints that vote, too (ARC)"
     )
+
+
+class ThinkConfig(EvalConfig):
+    """Test-time compute: what `evaluate.py` can do beyond the evaluation of training."""
+
+    depth: int | None = Field(None, ge=1, le=2**20, description="ACT steps; null: as in training")
+    breadth: int = Field(1, ge=1, le=2**16, description="trajectories a puzzle; 1: the plain one")
+    noise: float = Field(0.0, ge=0, le=100, description="added to the states after an ACT step")
+    random_init: bool = Field(False, description="further trajectories start from random states")
+    augment: bool = Field(False, description="further trajectories see a symmetry of the puzzle")
+    early_halt: bool = Field(False, description="rows end where the halting head says so")
+    select: Literal["halt", "convergence", "vote"] = Field(
+        "halt", description="the answer: of the surest, the steadiest or the most trajectories"
+    )
+
+    @property
+    def thinks(self) -> bool:
+        """Whether anything differs from the plain evaluation."""
+        plain = (None, 1, False)
+        return (self.depth, self.breadth, self.early_halt) != plain
+
+    @model_validator(mode="after")
+    def _check_breadth(self) -> ThinkConfig:
+        varied = self.noise > 0 or self.random_init or self.augment
+        if self.breadth > 1 and not varied:
+            raise ValueError(
+                f"breadth={self.breadth} trajectories would all be the same; set noise, "
+                "random_init=true or augment=true"
+            )
+        if self.breadth == 1 and varied:
+            raise ValueError("noise, random_init and augment need breadth of 2 or more")
+        return self
 
 
 class WandbConfig(Section):
@@ -145,7 +177,7 @@ class EvaluateConfig(Section):
     device: Device = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: CUDA")
     seed: int = Field(0, ge=0, lt=2**63, description="of the subset of max_examples")
-    eval: EvalConfig = EvalConfig()
+    eval: ThinkConfig = ThinkConfig()
     runs_dir: str = Field("runs", min_length=1, description="where `latest` is looked for")
     datasets_dir: str = Field("datasets", min_length=1, description="where built data go")
     output_dir: str | None = Field(None, min_length=1, description="null: in the run folder")

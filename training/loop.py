@@ -32,6 +32,7 @@ from training.plot import plot_run
 from training.resolve import ResolvedRun, command
 from training.resume import Resume, WarmStart
 from training.run_folder import describe, discard, environment, lock, write_summary
+from training.speed import describe_speed
 from training.state import LOSSES, METRICS, TrainState
 from training.step import learning_rates, train_step
 
@@ -102,6 +103,7 @@ class Trainer:
         elif isinstance(run.resume, WarmStart):
             self.state.warm_start(run.resume, run.dataset_path)
         self.logger = RunLogger(run, self.state.step)
+        self.intervals = 0  # logged in this sitting
         self.reports: dict[str, SetReport] = {}
         self.evaluated_step: int | None = None
 
@@ -181,6 +183,10 @@ class Trainer:
             value.zero_()
         self._check_finite(int(nonfinite))
         steps, count = max(sums["train_steps"], 1), max(sums["count"], 1)
+        self.intervals += 1
+        if self.intervals == 2:  # the first one compiled
+            logger.info("%s", describe_speed(run, state.device, elapsed / steps))
+            clock = time.perf_counter()
         rows = steps * config.global_batch_size
         metrics = {f"train/{k}": sums[k] / count for k in METRICS if k != "count"}
         metrics |= {f"train/{k}": sums[k] / rows for k in LOSSES if sums[k] or k != LOSSES[-1]}

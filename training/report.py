@@ -62,6 +62,8 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     if config.checkpoint.startswith(HUB):
         there = Path()  # not among the downloads
     output_dir = Path(config.output_dir) if config.output_dir else there
+    if config.eval.thinks and World.from_environment().size > 1:
+        raise ConfigError("eval.depth, breadth and early_halt work in a single process for now")
     _require_writable(output_dir)
     data = _test_data(config, trained)
     data.check()
@@ -174,6 +176,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     )
     from training.evaluation import evaluate, table
     from training.ranks import joined
+    from training.thinking import think_harder
 
     config, found = job.config, job.checkpoint
     device = choose_device(config.device, job.world.local_rank)
@@ -188,28 +191,39 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
         logger.info("checkpoint %s: step %s, %s weights", found.path,
                     "unknown" if step is None else step, config.weights.upper())  # fmt: skip
         logger.info("device %s", device_name(device))
-        with joined(job.world) as ranks:
-            reports = evaluate(
-                ACT(model),
-                read_dataset(job.dataset_path, "test"),
-                config.eval,
-                batch_size=job.batch_size,
-                seed=config.seed,
-                device=device,
-                output_dir=job.output_dir,
-                ranks=ranks,
-            )
+        options = {"batch_size": job.batch_size, "seed": config.seed, "device": device,
+                   "output_dir": job.output_dir}  # fmt: skip
+        dataset = read_dataset(job.dataset_path, "test")
+        if config.eval.thinks:
+            found_out = think_harder(ACT(model), dataset, config.eval, **options)
+            text = _thinking_table(found_out)
+        else:
+            with joined(job.world) as ranks:
+                reports = evaluate(ACT(model), dataset, config.eval, ranks=ranks, **options)
+            found_out = {name: r.values() for name, r in reports.items()}
+            text = table(reports)
     report = {
         "checkpoint": str(found.path),
         "step": step,
         "weights": config.weights,
         "dataset": str(job.dataset_path),
-        "sets": {name: r.values() for name, r in reports.items()},
+        "eval": config.eval.model_dump(mode="json"),
+        "sets": found_out,
     }
     if job.world.rank > 0:
         return report
-    path = job.output_dir / f"evaluation-{found.path.name}.json"
+    kind = "thinking" if config.eval.thinks else "evaluation"
+    path = job.output_dir / f"{kind}-{found.path.name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
-    logger.info("%s", table(reports))
+    logger.info("%s", text)
     logger.info("written to %s", path)
     return report
+
+
+def _thinking_table(found: dict[str, dict[str, float]]) -> str:
+    return "\n".join(
+        f"{name}: exact {r['exact_accuracy']:.2%} of {r['count']} (plain "
+        f"{r['plain_exact_accuracy']:.2%}), {r['ACT_steps']:.1f} ACT steps and "
+        f"{r['seconds_per_puzzle'] * 1e3:.3g} ms a puzzle"
+        for name, r in found.items()
+    )
