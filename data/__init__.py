@@ -12,7 +12,7 @@ from data.arc import ArcConfig
 from data.config import DatasetConfig
 from data.errors import DataError
 from data.folder import FolderConfig
-from data.format import dataset_info, read_dataset, write_dataset
+from data.format import dataset_info, read_dataset
 from data.maze import MazeConfig
 from data.mix import MixConfig
 from data.names import puzzle_names
@@ -20,10 +20,12 @@ from data.puzzles import DatasetInfo, PuzzleDataset, PuzzleSet
 from data.scoring import ScoredRows, build_scorer
 from data.sudoku import SudokuConfig
 from data.text import TextConfig
+from data.writing import write_dataset
 
 if TYPE_CHECKING:
     from data.augment import AUGMENTATIONS, build_augmentation
-    from data.loader import EvalLoader, TrainLoader
+    from data.eval_loader import EvalLoader
+    from data.loader import TrainLoader
     from data.workers import WorkerLoader, make_train_loader
 
 # A new dataset is one file and one line here.
@@ -38,7 +40,7 @@ DATASETS: dict[str, type[DatasetConfig]] = {
 
 _LAZY = {
     "TrainLoader": "data.loader",
-    "EvalLoader": "data.loader",
+    "EvalLoader": "data.eval_loader",
     "WorkerLoader": "data.workers",
     "make_train_loader": "data.workers",
     "AUGMENTATIONS": "data.augment",

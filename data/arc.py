@@ -14,8 +14,8 @@ from data.arc_grids import SEQ_LEN, VOCAB_SIZE, encode
 from data.arc_sources import ArcTask, Pair, pair_key, read_tasks, source_files, source_name
 from data.config import DatasetConfig, Paths, Seed, file_sha256
 from data.errors import DataError
-from data.format import write_dataset
 from data.puzzles import PuzzleDataset, PuzzleSet
+from data.writing import write_dataset
 
 logger = logging.getLogger(__name__)
 

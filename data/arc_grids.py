@@ -31,6 +31,21 @@ def encode(grid: np.ndarray) -> np.ndarray:
     return canvas.reshape(-1)
 
 
+def extents(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns (B,) of the largest rectangle of colours at the corner of canvases (B, 900).
+
+    0 and 0 where the corner holds none.
+    """
+    canvas = tokens.reshape(-1, SIDE, SIDE)
+    colour = (canvas >= FIRST_COLOUR) & (canvas < VOCAB_SIZE)
+    # Colours from the left edge on in every row, and the largest rectangle that ends with each row.
+    runs = np.where(colour.all(axis=2), SIDE, np.argmin(colour, axis=2))
+    widths = np.minimum.accumulate(runs, axis=1)
+    last = (widths * np.arange(1, SIDE + 1)).argmax(axis=1)
+    columns = np.take_along_axis(widths, last[:, None], axis=1)[:, 0]
+    return np.where(columns > 0, last + 1, 0), columns
+
+
 def decode(tokens: np.ndarray, *, anywhere: bool = False) -> np.ndarray:
     """Tokens (900,) of a canvas → colours (rows, columns) uint8; tokens may be anything.
 
@@ -38,20 +53,12 @@ def decode(tokens: np.ndarray, *, anywhere: bool = False) -> np.ndarray:
     the first row and column that hold a colour; an empty array if there is none.
     """
     canvas = tokens.reshape(SIDE, SIDE)
-    colour = (canvas >= FIRST_COLOUR) & (canvas < VOCAB_SIZE)
-    top = left = 0
-    if anywhere and colour.any():
+    if anywhere:
+        colour = canvas >= FIRST_COLOUR
         top, left = int(colour.any(axis=1).argmax()), int(colour.any(axis=0).argmax())
-    part = colour[top:, left:]
-    # Colours from the left edge on in every row, and the largest rectangle that ends with each row.
-    runs = np.where(part.all(axis=1), part.shape[1], np.argmin(part, axis=1))
-    widths = np.minimum.accumulate(runs)
-    rows = int((widths * np.arange(1, len(widths) + 1)).argmax()) + 1
-    columns = int(widths[rows - 1])
-    if columns == 0:
-        return np.zeros((0, 0), np.uint8)
-    part = canvas[top : top + rows, left : left + columns]
-    return part.astype(np.uint8) - np.uint8(FIRST_COLOUR)
+        canvas = np.pad(canvas[top:, left:], ((0, top), (0, left)))
+    rows, columns = (int(n[0]) for n in extents(canvas))
+    return canvas[:rows, :columns].astype(np.uint8) - np.uint8(FIRST_COLOUR)
 
 
 def turn(grid: np.ndarray, element: int) -> np.ndarray:
@@ -80,17 +87,37 @@ def drawn_colours(seed: int, identifier: Words, index: Words) -> Words:
     return below(hash32(_COLOURS, seed, identifier, index), factorial(RENAMED)) * (index != 0)
 
 
-def permutation(rank: int) -> np.ndarray:
-    """(10,) uint8: the image of every colour under permutation number `rank`."""
-    left, image = list(range(1, RENAMED + 1)), [0]
-    for n in range(RENAMED - 1, -1, -1):
-        which, rank = divmod(rank, factorial(n))
-        image.append(left.pop(which))
-    return np.array(image, np.uint8)
+def permutations(ranks: np.ndarray) -> np.ndarray:
+    """(B, 10) uint8: the image of every colour under the permutations of numbers `ranks` (B,)."""
+    image = np.zeros((len(ranks), RENAMED + 1), np.int64)
+    for place in range(1, RENAMED + 1):  # Lehmer code: how many of the colours left are smaller
+        image[:, place], ranks = np.divmod(ranks, factorial(RENAMED - place))
+    for place in range(RENAMED - 1, 0, -1):
+        later = image[:, place + 1 :]
+        later += later >= image[:, place : place + 1]
+    image[:, 1:] += 1
+    return image.astype(np.uint8)
 
 
-def undo(grid: np.ndarray, seed: int, identifier: int, index: int) -> np.ndarray:
-    """The grid (rows, columns) of the original that an augmented grid stands for."""
-    grid = turn_back(grid, int(drawn_element(seed, identifier, index)))
-    image = permutation(int(drawn_colours(seed, identifier, index)))
-    return np.argsort(image).astype(np.uint8)[grid]
+def undo(
+    tokens: np.ndarray, seed: int, identifiers: np.ndarray, indices: np.ndarray
+) -> list[np.ndarray]:
+    """The grids of the originals that augmented canvases stand for.
+
+    Args:
+        tokens: (B, 900), of which the grid at the corner is taken, as by `decode`.
+        seed: of the dataset.
+        identifiers: (B,) puzzle identifiers of the originals.
+        indices: (B,) augmentation indices.
+    """
+    identifiers, indices = (np.asarray(n, np.int64) for n in (identifiers, indices))
+    rows, columns = extents(tokens)
+    elements = drawn_element(seed, identifiers, indices)
+    colours = np.argsort(permutations(drawn_colours(seed, identifiers, indices)), axis=1)
+    colours = colours.astype(np.uint8)
+    return [
+        turn_back(back[canvas[:r, :c] - FIRST_COLOUR], int(element))
+        for canvas, r, c, element, back in zip(
+            tokens.reshape(-1, SIDE, SIDE), rows, columns, elements, colours, strict=True
+        )
+    ]

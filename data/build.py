@@ -67,9 +67,9 @@ def parse(arguments: list[str]) -> tuple[str, dict[str, Any], Path]:
             if not rest:
                 raise DataError(f"{word} has no value; give {word} VALUE.")
             has_value, value = "=", rest.pop(0)
-        if not has_value:
-            raise DataError(f"'{word}' is not of the form key=value.")
         key = key.removeprefix("--").replace("-", "_").removeprefix("data.")
+        if not (has_value and key):
+            raise DataError(f"'{word}' is not of the form key=value.")
         if key in ("out", "datasets_dir"):
             out = value
         elif key not in known:
@@ -122,14 +122,30 @@ def configure(kind: str, values: dict[str, Any]) -> DatasetConfig:
         return DATASETS[kind].model_validate({"name": kind, **values}, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = next(iter(map(str, first["loc"])), "")
+        key, *inside = [*map(str, first["loc"]), ""]
         message = first["msg"].removeprefix("Value error, ")
         if message.startswith("data."):
             raise DataError(f"{message}.") from None
-        if first["type"] == "missing":
+        if key not in values:
             raise DataError(f"data.{key} is missing; give it a value.") from None
-        given = f"={values[key]}" if key in values else ""
-        raise DataError(f"data.{key}{given}: {message[0].lower()}{message[1:]}.") from None
+        given = f"data.{key}={_shown(values[key])}"
+        if first["type"] == "tuple_type":
+            message = "should be a list, such as [A,B]"
+        elif first["type"] == "missing":
+            message = f"should have a value number {int(inside[0]) + 1}"
+        elif first["type"] == "too_long":
+            message = f"should have at most {first['ctx']['max_length']} values"
+        message = message.removeprefix("Input ")
+        raise DataError(f"{given}: {message[0].lower()}{message[1:]}.") from None
+
+
+def _shown(value: Any) -> str:
+    """A value as the command line has it."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_shown, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{k}:{_shown(v)}' for k, v in value.items())}}}"
+    return "null" if value is None else str(value)
 
 
 def main(arguments: list[str]) -> int:

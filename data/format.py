@@ -15,7 +15,6 @@ once. Our extras in dataset.json: `"loopwright": {"format", "fingerprint", "augm
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,9 +52,6 @@ class Metadata(BaseModel):
         list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.\-]*$")]], Field(min_length=1)
     ]
     loopwright: dict[str, Any] = {}
-
-
-# ------------------------------------------------------------------------------------------ reading
 
 
 def read_dataset(path: str | Path, split: str, *, verify: bool = True) -> PuzzleDataset:
@@ -293,65 +289,3 @@ def _fingerprint(path: Path, meta: Metadata) -> str:
                 stream.seek(max(0, size - _PROBE_BYTES))
                 digest.update(stream.read())
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------ writing
-
-
-def write_dataset(path: str | Path, dataset: PuzzleDataset, *, source: str | None = None) -> None:
-    """Write one split of puzzles below `path`, synced to the disk.
-
-    Use `build_once` to make it atomic.
-    """
-    folder = Path(path) / dataset.split
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, arrays in dataset.sets.items():
-        for key in ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_indices"):
-            _save(folder / f"{name}__{key}.npy", getattr(arrays, key))
-        if arrays.ratings is not None:
-            _save(folder / f"{name}__ratings.npy", arrays.ratings.astype(np.int32))
-    write_metadata(path, dataset, source=source)
-
-
-def write_metadata(
-    path: str | Path,
-    dataset: PuzzleDataset,
-    *,
-    source: str | None,
-    stream: dict[str, list[int]] | None = None,
-) -> None:
-    """Write dataset.json of one split below `path`; `stream` of sets that are token streams."""
-    folder = Path(path) / dataset.split
-    sets = dataset.sets.values()
-    examples, puzzles = sum(map(len, sets)), sum(s.num_puzzles for s in sets)
-    metadata = {
-        "pad_id": dataset.pad_id,
-        "ignore_label_id": dataset.ignore_label_id,
-        "blank_identifier_id": dataset.blank_identifier_id,
-        "vocab_size": dataset.vocab_size,
-        "seq_len": dataset.seq_len,
-        "num_puzzle_identifiers": dataset.num_puzzle_identifiers,
-        "total_groups": sum(len(s.group_sizes) for s in sets),
-        "mean_puzzle_examples": examples / puzzles,
-        "total_puzzles": puzzles,
-        "sets": list(dataset.sets),
-        "loopwright": {
-            "format": FORMAT_VERSION,
-            "fingerprint": dataset.fingerprint,
-            "augmentation": dataset.augmentation,
-            "task": dataset.task,
-            "source": source,
-            **({} if stream is None else {"stream": stream}),
-        },
-    }
-    with (folder / "dataset.json").open("w", encoding="utf-8") as stream:
-        json.dump(metadata, stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _save(file: Path, array: np.ndarray) -> None:
-    with file.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
-        stream.flush()
-        os.fsync(stream.fileno())

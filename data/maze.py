@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 
 from data.csv_config import CsvDatasetConfig, StrictBool, StrictInt
 from data.errors import DataError
-from data.format import write_dataset
 from data.hashing import hash32
 from data.maze_generate import MazeSpec, canonical, generate_mazes
 from data.maze_rules import CHARACTERS, GOAL, PATH, START, VOCAB_SIZE, WALL, path_lengths
@@ -25,6 +24,7 @@ from data.tables import (
     select_ratings,
     subsample,
 )
+from data.writing import write_dataset
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ import numpy as np
 from pydantic import field_validator, model_validator
 
 from data.csv_config import CsvDatasetConfig, StrictBool, StrictInt
-from data.format import write_dataset
 from data.puzzles import PuzzleDataset, PuzzleSet
 from data.sudoku_4x4 import NUM_GRIDS
 from data.sudoku_csv import read_sudoku_csv, require_unique
@@ -17,6 +16,7 @@ from data.sudoku_generate import GeneratorSpec, generate_splits, most_puzzles_4x
 from data.sudoku_rules import BOXES, FEWEST_CLUES
 from data.sudoku_split import hold_out, warn_of_equivalents
 from data.tables import PuzzleTable, refuse_shared, select_ratings, subsample
+from data.writing import write_dataset
 
 _BUILDER = 2  # raise it when the same configuration gives another dataset
 

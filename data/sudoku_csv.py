@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.progress import bar
 from data.sudoku_rules import has_swap, is_solution
 from data.sudoku_solver import solve
 from data.tables import PuzzleTable, TextRows, read_table, refuse_rows
@@ -12,6 +13,7 @@ from data.tables import PuzzleTable, TextRows, read_table, refuse_rows
 logger = logging.getLogger(__name__)
 
 _QUICK_ROWS = 10_000  # rows that are checked without a search first
+_SEARCHED_ROWS = 16_384  # rows of one search
 
 
 def read_sudoku_csv(path: Path, box: tuple[int, int]) -> PuzzleTable:
@@ -57,5 +59,9 @@ def require_unique(path: Path, table: PuzzleTable, box: tuple[int, int]) -> None
     some = table.take(slice(_QUICK_ROWS))  # most faults show before anything is compiled
     refuse_rows(path, some.lines, has_swap(some.questions, some.answers, box), complaint)
     logger.info("%s: checking that %d puzzles have one solution each", path.name, len(table))
-    counts, _, _ = solve(table.questions, box)
-    refuse_rows(path, table.lines, counts != 1, complaint)
+    with bar(f"checking {path.name}", len(table), "puzzle") as progress:
+        for start in range(0, len(table), _SEARCHED_ROWS):
+            part = table.take(slice(start, start + _SEARCHED_ROWS))
+            counts, _, _ = solve(part.questions, box)
+            refuse_rows(path, part.lines, counts != 1, complaint)
+            progress.update(len(part))

@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 
 from data.config import DatasetConfig, Paths, file_sha256
 from data.errors import DataError
-from data.format import write_metadata
 from data.progress import bar
 from data.puzzles import OUTSIDE, PuzzleDataset, TokenStream
 from data.streams import write_stream
+from data.writing import write_metadata
 
 logger = logging.getLogger(__name__)
 

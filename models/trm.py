@@ -32,7 +32,7 @@ class TRMConfig(RecursiveConfig):
         if not self.has_attention and self.pos_encodings == "rope":
             raise ValueError("pos_encodings=rope needs mixer=attention; use none or learned")
         if not self.has_attention and self.causal:
-            raise ValueError("causal=true needs mixer=attention")
+            raise ValueError("causal=true needs mixer=attention, as arch=trm has")
         if self.latents > self.L_cycles:
             raise ValueError(
                 f"latents={self.latents} is more than L_cycles={self.L_cycles}: some would never "

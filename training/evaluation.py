@@ -82,6 +82,8 @@ def evaluate(
             num_aug=config.num_aug,
         )
         scorer = build_scorer(dataset, name)
+        for file in config.add_votes if ranks.rank == 0 else ():
+            scorer.add_votes(Path(file))
         sums: dict[str, Tensor] = {}
         saved = []
         progress = tqdm(
@@ -106,8 +108,6 @@ def evaluate(
         everyone = ranks.gather(({k: float(v) for k, v in sums.items()}, scorer, saved))
         values = {k: sum(theirs[0][k] for theirs in everyone) for k in sums}
         scorer.merge(theirs[1] for i, theirs in enumerate(everyone) if i != ranks.rank)
-        for file in config.add_votes:
-            scorer.add_votes(Path(file))
         count = int(values.pop("count"))
         reports[name] = SetReport(
             count,

@@ -121,6 +121,8 @@ def check(config: RunConfig, world: World) -> None:
         raise ConfigError("arch.forward_dtype=float64 does not exist on device=mps; use float32")
     check_device(config.device)
     check_causal(config, config.data.causal)
+    if config.eval.add_votes:
+        raise ConfigError("eval.add_votes is for evaluate.py: in training checkpoints vote alone")
     config.arch.check_machine()
     config.data.check()
 

@@ -297,7 +297,7 @@ def test_a_disk_that_cannot_be_written(place, capsys, monkeypatch):
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
 
-    for target in ("data.streams.os.fsync", "data.format.os.fsync"):
+    for target in ("data.streams.os.fsync", "data.writing.os.fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(target, refuse)
             assert main(["text", "files=text.txt", "seq_len=8", "out=sets"]) == 2

@@ -102,6 +102,27 @@ def test_parts_of_other_formats_are_refused(tmp_path):
     assert not list(tmp_path.glob("mix*"))
 
 
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("{", "is not readable JSON"),
+        ("[]", "mix.json: .*valid dictionary"),
+        ('{"fingerprint": "f", "parts": []}', "parts: .*at least 1 item"),
+        ('{"fingerprint": "f", "parts": [{"name": "a", "path": "no", "weight": 1, "num_aug": 0}]}',
+         "no is not a folder"),
+        ('{"fingerprint": "f", "parts": [{"name": "a", "path": "no", "weight": 0, "num_aug": 0}]}',
+         r"parts.0.weight: .*greater than 0"),
+        ('{"fingerprint": "f", "parts": [{"name": "../a", "path": "no"}]}', r"parts.0.name"),
+    ],
+)  # fmt: skip
+def test_damaged_mixtures_are_refused(tmp_path, content, expected):
+    (tmp_path / "mix.json").write_text(content)
+    for read in (lambda: read_dataset(tmp_path, "train"), lambda: dataset_info(tmp_path)):
+        with pytest.raises(DataError, match=expected) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
 def test_a_planned_stream_is_the_same_on_a_device(monkeypatch):
     """The way that a GPU takes, on the CPU."""
     args = {"global_batch_size": 12, "seed": 3, "device": CPU}

@@ -177,6 +177,14 @@ def test_checkpoints_vote_together_only_when_asked(arc, tmp_path):
         second.add_votes(tmp_path / "junk.npz")
 
 
+def test_a_lost_list_of_names_costs_no_run(tmp_path, caplog):
+    source = write_kaggle(tmp_path, "evaluation", arc_set(0, 3))
+    dataset = read_dataset(ArcConfig(test=(source,), num_aug=1).prepare(tmp_path / "s"), "test")
+    (dataset.path / "tasks.json").unlink()
+    assert list(score(dataset, "evaluation", oracle).submission()) == ["0", "1", "2"]
+    assert "does not name the tasks" in caplog.text
+
+
 def test_votes_of_another_dataset_are_refused(arc, tmp_path):
     source = write_kaggle(tmp_path, "evaluation", arc_set(0, 3))
     other = read_dataset(ArcConfig(test=(source,), num_aug=1).prepare(tmp_path / "s"), "test")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import ArcConfig, read_dataset
+from data import ArcConfig, DataError, read_dataset
 from tests.data.conftest import arc_set, write_kaggle
 from tests.training.helpers import (
     ROOT,
@@ -203,6 +203,15 @@ def test_another_checkpoint_votes_too_when_asked(run, arc, tmp_path, monkeypatch
     assert once["eval"]["count"] == twice["eval"]["count"]
     few = run_evaluation(resolved_evaluation(*job, "eval.num_aug=1"))["sets"]
     assert few["eval"]["count"] == 12
+
+
+def test_votes_are_looked_at_before_anything_is_done(run, arc, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"eval\.add_votes is for evaluate\.py"):
+        resolved(*run(*arc, "eval.add_votes=[a.npz]"))
+    run_dir = train(monkeypatch, *run(*arc, "run_name=arc"))
+    monkeypatch.setattr("training.evaluation.think", None)
+    with pytest.raises(DataError, match=r"none\.npz is not a file of votes"):
+        run_evaluation(resolved_evaluation(f"checkpoint={run_dir}", "eval.add_votes=[none.npz]"))
 
 
 def test_the_identifiers_of_arc_fill_the_table(arc, tmp_path):
