@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 
 from optim.base import DeviceOptimizer, GroupStep, scalar
-from optim.kernels.table import addresses_of
+from optim.kernels.table import addresses_of, same_objects
 
 if TYPE_CHECKING:
     from optim.ema import EMA
@@ -33,6 +36,7 @@ class Bucket:
         self.dtypes = [p.dtype for p in self.params]
         self.strides = [p.stride() for p in self.params]
         self.home = addresses_of(self.params)
+        self.seen: list[ReferenceType[Tensor]] = []  # gradients that fitted
 
     def pointers(self) -> tuple[int, ...] | None:
         """Addresses of parameters and gradients; None where the launch does not fit them."""
@@ -41,9 +45,15 @@ class Bucket:
             given = addresses_of(grads)
         except (TypeError, RuntimeError):
             return None
-        home = addresses_of(self.params)
-        fits = home == self.home and [g.dtype for g in grads] == self.dtypes
-        return home + given if fits and [g.stride() for g in grads] == self.strides else None
+        if addresses_of(self.params) != self.home:
+            return None
+        if not same_objects(grads, self.seen):
+            if [g.dtype for g in grads] != self.dtypes or [
+                g.stride() for g in grads
+            ] != self.strides:
+                return None
+            self.seen = [ref(g) for g in grads]
+        return self.home + given
 
 
 @dataclass
@@ -67,7 +77,8 @@ class Last:
     group: dict[str, Any]
     count: int  # parameters of the group
     absent: list[Tensor]  # had no gradient
-    options: tuple[Any, ...]
+    read: Callable[[dict[str, Any]], Any]  # the options of the group
+    options: Any
     rate: float | None  # of the EMA
     fused: str
     plan: Plan
@@ -87,12 +98,8 @@ class AdamLike(DeviceOptimizer):
         """Name of the rule in the kernel, and its numbers besides betas and weight decay."""
         raise NotImplementedError
 
-    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What `_kernel_rule` and `numbers` read from a group."""
-        return tuple([v for k, v in group.items() if k not in _NO_OPTIONS])
-
     def _ready(self, index: int, group: dict[str, Any]) -> GroupStep | None:
-        last: Last | None = self.__dict__.setdefault("_last", {}).get(index)
+        last: Last | None = self._last.get(index) if "_last" in self.__dict__ else None
         if (
             last is None
             or last.group is not group
@@ -100,8 +107,8 @@ class AdamLike(DeviceOptimizer):
             or last.count != len(group["params"])
             or last.plan.ema is not self.ema
             or last.rate != (None if self.ema is None else self.ema.rate)
-            or last.options != self._options(group)
-            or any(p.grad is not None for p in last.absent)
+            or last.options != last.read(group)
+            or (last.absent and any(p.grad is not None for p in last.absent))
         ):
             return None
         pointers = [bucket.pointers() for bucket in last.plan.buckets]
@@ -157,9 +164,18 @@ class AdamLike(DeviceOptimizer):
         last = self.__dict__.setdefault("_last", {})
         last.pop(index, None)
         if whole and plan.buckets and not plan.rest:
-            options = self._options(group)
+            read = itemgetter(*(k for k in group if k not in _NO_OPTIONS))
             rate = None if self.ema is None else self.ema.rate
-            fixed = (len(group["params"]), absent, options, rate, self.fused, plan, lr.device)
+            fixed = (
+                len(group["params"]),
+                absent,
+                read,
+                deepcopy(read(group)),
+                rate,
+                self.fused,
+                plan,
+                lr.device,
+            )
             last[index] = Last(group, *fixed)
 
     def _plan(self, params: list[Tensor]) -> Plan:

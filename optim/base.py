@@ -260,14 +260,17 @@ class DeviceOptimizer(torch.optim.Optimizer):
             Two 0-dim tensors, as of `global_grad_norm` and `clip_scale`; where it is fused, the
             next call overwrites them.
         """
-        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        if params and max_norm >= 0 and self._uses_kernels(params[0].device):
-            from optim.kernels.launch import fused_norm
+        found = [p.grad for g in self.param_groups for p in g["params"]]
+        grads = [g for g in found if g is not None]
+        if grads and max_norm >= 0 and self._uses_kernels(grads[0].device):
+            if "_norms" not in self.__dict__:
+                from optim.kernels.launch import NormLaunches
 
-            fused = fused_norm(self.__dict__.setdefault("_norms", {}), params, max_norm)
+                self._norms = NormLaunches()
+            fused = self._norms.run(grads, max_norm)
             if fused is not None:
                 return fused
-        norm = global_grad_norm(params)
+        norm = global_grad_norm(grads)
         return norm, clip_scale(norm, max_norm)
 
     def _launch(

@@ -15,16 +15,24 @@ LOG1, LOG2, KEEP1, KEEP2, TAKE1, TAKE2, DECAY, EPS, A, B, LR_SCALE, EMA_TAKE = (
 )
 
 
+STEPS = tl.constexpr(1 << 16)  # for which `powers` holds the corrections of AdamW
+
+
 @triton.jit
-def _corrections(t, numbers, RULE: tl.constexpr, POWF: tl.constexpr):
+def _corrections(t, numbers, powers, RULE: tl.constexpr, POWF: tl.constexpr):
     """1 - beta1^t and sqrt(1 - beta2^t), as float32.
 
-    AdamW takes the power in float32, as torch's kernel does: where 1 - beta^t cancels, anything
-    else is several ulp away from it. The other rules (and the interpreter) use float64.
+    AdamW wants the powers of torch's kernel to the bit: where 1 - beta^t cancels, anything else is
+    several ulp away from them. So torch's own are looked up, in `powers` (2, STEPS); later, where
+    nothing cancels any more, they are worked out in float32. The other rules (and the interpreter)
+    use float64.
     """
     if POWF and RULE == "adamw":
-        c1 = 1.0 - libdevice.pow(tl.load(numbers + KEEP1).to(tl.float32), t)
-        c2 = 1.0 - libdevice.pow(tl.load(numbers + KEEP2).to(tl.float32), t)
+        at = powers + tl.minimum(t, STEPS - 1.0).to(tl.int32)
+        late1 = 1.0 - libdevice.pow(tl.load(numbers + KEEP1).to(tl.float32), t)
+        late2 = 1.0 - libdevice.pow(tl.load(numbers + KEEP2).to(tl.float32), t)
+        c1 = tl.where(t < STEPS, tl.load(at), late1)
+        c2 = tl.where(t < STEPS, tl.load(at + STEPS), late2)
     else:
         c1 = (1.0 - tl.exp(t.to(tl.float64) * tl.load(numbers + LOG1))).to(tl.float32)
         c2 = (1.0 - tl.exp(t.to(tl.float64) * tl.load(numbers + LOG2))).to(tl.float32)
@@ -98,13 +106,14 @@ def _update(
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["addresses", "lr_ptr", "scale_ptr", "found_ptr"],
+    do_not_specialize_on_alignment=["addresses", "lr_ptr", "scale_ptr", "found_ptr", "powers"],
 )
 def adam_kernel(
     addresses,
     lr_ptr,
     scale_ptr,
     found_ptr,
+    powers,
     chunk_tensor,
     chunk_index,
     sizes,
@@ -159,7 +168,7 @@ def adam_kernel(
         c1 = tl.load(ready + 3 * t + 1)
         c2_root = tl.load(ready + 3 * t + 2)
         if tl.load(ready + 3 * t) != step:
-            c1, c2_root = _corrections(step, numbers, RULE, POWF)
+            c1, c2_root = _corrections(step, numbers, powers, RULE, POWF)
         if left >= BLOCK:
             _update(
                 p_ptr + start, g_ptr + start, m_ptr + start, v_ptr + start, e_ptr + start,
@@ -174,7 +183,7 @@ def adam_kernel(
             )  # fmt: skip
         tl.debug_barrier()  # every thread of this program has used the step it read
         if tl.atomic_add(tickets + t, 1, sem="relaxed") == tl.load(counts + t) - 1:
-            next1, next2 = _corrections(step + 1.0, numbers, RULE, POWF)
+            next1, next2 = _corrections(step + 1.0, numbers, powers, RULE, POWF)
             tl.store(tickets + t, 0)
             tl.store(step_ptr, step)
             tl.store(ready + 3 * t, step + 1.0)

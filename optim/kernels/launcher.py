@@ -7,6 +7,7 @@ long as the launch. It is gone once; then the compiled kernel is called with add
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Launcher:
         """Launch on the current stream of the device."""
         if self.device.type != "cuda":  # the interpreter
             self.kernel[self.grid](*changing, **self.fixed, **self.options)
-        elif torch.cuda.current_device() == self.device.index:
+        elif not _several() or torch.cuda.current_device() == self.device.index:
             self._launch(changing)
         else:
             with torch.cuda.device(self.device):
@@ -121,5 +122,12 @@ def _run(done: Any, grid: tuple[int, ...], device: torch.device, values: list[An
 
 def _hooked() -> bool:
     """Whether a profiler has asked Triton to report launches."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # or None
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    runtime = knobs.runtime
+    first, last = runtime.launch_enter_hook, runtime.launch_exit_hook  # or None
+    return bool(getattr(first, "calls", first) or getattr(last, "calls", last))
+
+
+@lru_cache(maxsize=1)
+def _several() -> bool:
+    """Whether the current device may be another one than that of the tensors."""
+    return torch.cuda.device_count() > 1
