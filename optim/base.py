@@ -65,7 +65,7 @@ class DeviceOptimizer(torch.optim.Optimizer):
     moments: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = True
     accepts_sparse: ClassVar[bool] = False
-    fused: Fused = "off"
+    fused: Fused = "auto"
     ema: EMA | None = None  # set by EMA.attach
     _step_supports_amp_scaling = True
 

@@ -22,7 +22,7 @@ class OptimizerConfig(BaseModel):
 
     name: str = Field(description="which optimizer: a key of OPTIMIZERS")
     fused: Literal["off", "auto", "on"] = Field(
-        "off", description="Triton kernels: auto uses them on CUDA; on fails without Triton"
+        "auto", description="Triton kernels: auto uses them on CUDA; on fails without Triton"
     )
 
     def build(

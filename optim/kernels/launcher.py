@@ -83,7 +83,7 @@ class Kernel:
         constants: Mapping[str, Any],
         **options: Any,
     ) -> None:
-        """Launch on the current stream of `device`, which must be the current device.
+        """Launch on the current stream of `device`.
 
         Args:
             grid: one to three numbers of programs.
@@ -94,7 +94,20 @@ class Kernel:
         """
         if device.type != "cuda":  # the interpreter
             self.kernel[grid](*arguments, **constants, **options)
-            return
+        elif not _several() or torch.cuda.current_device() == device.index:
+            self._launch(grid, device, arguments, constants, options)
+        else:
+            with torch.cuda.device(device):
+                self._launch(grid, device, arguments, constants, options)
+
+    def _launch(
+        self,
+        grid: tuple[int, ...],
+        device: torch.device,
+        arguments: Sequence[Any],
+        constants: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> None:
         kinds = tuple([_kind(x) for x in arguments])
         key = (device.index, kinds, *constants.values(), *options.values())
         done = self.compiled.get(key)

@@ -70,11 +70,11 @@ def norm_kernel(
         if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             lanes = tl.arange(0, 1024)
             rest = tl.zeros((1024,), dtype=tl.float32)
-            for start in range(0, COUNT, 1024):
+            for begin in range(0, COUNT, 1024):
                 # past the first-level cache, which may not have seen the others' writes
                 rest += tl.load(
-                    partials + start + lanes,
-                    mask=start + lanes < COUNT,
+                    partials + begin + lanes,
+                    mask=begin + lanes < COUNT,
                     other=0.0,
                     cache_modifier=".cg",
                 )

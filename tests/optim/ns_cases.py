@@ -53,8 +53,8 @@ def test_every_path(gram, tma, ratio, steps):
     if not tma and (gram or ratio == 2) and not INTERPRETED:
         pytest.skip("the pointer kernels are for the standard form and square tiles")
     side = 32 if INTERPRETED else 64
-    small = Block(side, side * ratio, side, 4, 2, persistent=ratio == 2, overlap=not INTERPRETED)
-    path = Path(tma, gram, small, small, small if tma else None, 64)
+    small = Block(side, side * ratio, side, 4, 2, persistent=ratio == 2)
+    path = Path(tma, gram, small, small, small, small if tma else None, 64)
     rows, columns = 64 + 5, 128 + 9
     matrix = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     size, length = path.padded(rows, columns)

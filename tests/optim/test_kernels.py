@@ -41,7 +41,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from optim.kernels.adam import adam_kernel
 from optim.kernels.norm import norm_kernel
-from optim.kernels.sparse import BLOCK_N, BLOCK_W, sparse_signsgd_kernel
+from optim.kernels.sparse import BLOCK_D, BLOCK_N, FEW, MOST_COLUMNS, sparse_signsgd_kernel
 from optim.kernels.tiles import _BY_CAPABILITY, _DEFAULT
 
 capability = int(sys.argv[1])
@@ -63,7 +63,8 @@ def compile(fn, types, constants, warps, wide=True):
 
 table = {"chunk_tensor": "*i32", "chunk_index": "*i32", "addresses": "*i64", "sizes": "*i64"}
 adam = {**table, "counts": "*i32", "tickets": "*i32", "ready": "*fp32", "numbers": "*fp64",
-        "tensors": "i32", "lr_ptr": "*fp32", "scale_ptr": "*fp32", "found_ptr": "*fp32"}
+        "tensors": "i32", "lr_ptr": "*fp32", "scale_ptr": "*fp32", "found_ptr": "*fp32",
+        "powers": "*fp32"}
 norm = {**table, "partials": "*fp32", "ticket": "*i32", "out": "*fp32", "first": "i32",
         "chunks": "i32", "max_norm": "fp32"}
 t = _BY_CAPABILITY.get(divmod(capability, 10), _DEFAULT)
@@ -77,7 +78,8 @@ compile(norm_kernel, norm, {**flags, "BLOCK": t.norm_block}, t.norm_warps)
 sparse = {"table": "*fp32", "ids": "*i64", "rows": "*fp32", "lr_ptr": "*fp32",
           "scale_ptr": "*fp32", "found_ptr": "*fp32", "n": "i32", "width": "i32",
           "table_stride": "i32"}
-flags = {"HAS_SCALE": True, "HAS_FOUND": True, "BLOCK_N": BLOCK_N, "BLOCK_W": BLOCK_W}
+flags = {"HAS_SCALE": True, "HAS_FOUND": True, "FEW": FEW, "BLOCK_N": BLOCK_N,
+         "BLOCK_D": BLOCK_D, "BLOCK_W": MOST_COLUMNS}
 compile(sparse_signsgd_kernel, sparse, flags, 4, wide=False)
 """
 

@@ -36,7 +36,7 @@ def test_blocks_fit_every_shape(batch, rows, ratio):
     path = hopper_path(batch, rows, columns)
     size, length = path.padded(rows, columns)
     assert size >= rows and length >= columns and length % 64 == 0 and size % path.side == 0
-    for block in (path.outer, path.inner):
+    for block in (path.outer, path.inner, path.pair):
         assert size % block.bm == 0 and block.bn in (block.bm, 2 * block.bm)
     assert path.update is None or size % path.update.bm == 0
     assert path.gram == (length >= 2 * size)
