@@ -118,6 +118,55 @@ def test_changed_betas_take_effect():
     torch.testing.assert_close(params[0], twins[0], rtol=2e-6, atol=2e-6)
 
 
+@per_rule
+def test_a_step_notices_what_changed_since_the_last(cls, options):
+    """Against one that has no last step to repeat: the same bits."""
+    results = []
+    for forget in (False, True):
+        params, opt = make(cls, options, True, [(30, 20), (7,), (2, 20)])
+        ema = EMA(params, 0.9)
+        for seed in range(12):
+            set_grads(params, seed)
+            if seed == 2:
+                params[1].grad = None
+            if seed == 4:  # another memory order at a new place
+                params[0].grad = params[0].grad.t().contiguous().t()
+            if seed == 5:
+                opt.set_lr(0.3)
+            if seed == 6:
+                opt.param_groups[0]["weight_decay"] = 0.4
+            if seed == 7:
+                params[0].data = params[0].data.clone()
+            if seed == 8:
+                ema.attach(opt)
+            if seed == 9:
+                ema.rate = 0.5
+            if seed == 10:
+                opt.load_state_dict(opt.state_dict())
+                opt.state[params[0]]["step"].fill_(2.0)
+            if seed == 11:
+                extra = torch.ones(5, device=DEVICE).requires_grad_()
+                extra.grad = torch.ones_like(extra)
+                opt.add_param_group({"params": [extra]})
+                params.append(extra)
+            if forget:
+                for name in ("_last", "_plans", "_norms"):
+                    opt.__dict__.pop(name, None)
+            opt.step(grad_scale=opt.clip(1.0)[1])
+            ema.update()
+        results.append([*everything(params, opt), *ema.shadow.values()])
+    assert same(*results)
+
+
+def test_wrong_gradients_are_named_also_after_a_good_step():
+    params, opt = make(AdamW, {}, True, [(4, 5)])
+    set_grads(params, 0)
+    opt.step()
+    params[0].grad = torch.ones(4, 5, device=DEVICE).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+
+
 def test_memory_order_skipped_and_unaligned_parameters():
     base = torch.zeros(5, 12, device=DEVICE)
     params = [
