@@ -156,7 +156,7 @@ class Muon(AdamLike):
         # What is no tensor, or appears twice, is named by the check of the base class.
         sound = all(isinstance(p, Tensor) for _, p in named)
         sound = sound and len({id(p) for _, p in named}) == len(named)
-        parts = partition_parameters(named) if sound else []
+        parts = partition_parameters(named, warn=False) if sound else []
         for item, part in zip(items, parts, strict=False):
             muon = part.role not in _TO_ADAM and part.param.ndim == 2
             groups.setdefault("muon" if muon else "adam", []).append(item)
