@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optim.adam_atan2 import AdamATan2, adam_atan2_update
+    from optim.adam_mini import AdamMini, adam_mini_update
     from optim.adamw import AdamW, adamw_update
     from optim.base import DeviceOptimizer
     from optim.clip import clip_grad_norm, clip_scale, global_grad_norm
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _HOME = {
     "AdamATan2": "adam_atan2",
     "adam_atan2_update": "adam_atan2",
+    "AdamMini": "adam_mini",
+    "adam_mini_update": "adam_mini",
     "AdamW": "adamw",
     "adamw_update": "adamw",
     "DeviceOptimizer": "base",
@@ -51,6 +54,7 @@ __all__ = [
     "OPTIMIZERS",
     "AdamATan2",
     "AdamATan2Config",
+    "AdamMini",
     "AdamW",
     "AdamWConfig",
     "DeviceOptimizer",
@@ -59,6 +63,7 @@ __all__ = [
     "OptimizerConfig",
     "SparseSignSGD",
     "adam_atan2_update",
+    "adam_mini_update",
     "adamw_update",
     "clip_grad_norm",
     "clip_scale",

@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from optim.base import DeviceOptimizer, Fused, Params, bias_correction, work_dtype
+from optim.base import (
+    DeviceOptimizer,
+    Fused,
+    Half,
+    Params,
+    bias_correction,
+    work_dtype,
+    write_gated,
+)
 from optim.moments import block_amax, fp8_missing, fp8_scale, from_fp8, per_element, to_fp8
 from optim.partition import Partition, Rule, Segment, partition_parameters
+
+if TYPE_CHECKING:
+    from optim.kernels.mini_launch import MiniLaunch
 
 State = Literal["fp32", "bf16", "fp8"]
 
@@ -94,6 +105,7 @@ class AdamMini(DeviceOptimizer):
             warning. float64 parameters keep float64 with "fp32".
         rules: go before `partition.RULES`, in the same form.
         fused: see DeviceOptimizer.
+        half: see DeviceOptimizer.
     """
 
     def __init__(
@@ -108,6 +120,7 @@ class AdamMini(DeviceOptimizer):
         state: State = "fp32",
         rules: Sequence[Rule] = (),
         fused: Fused | None = None,
+        half: Half = "nearest",
     ) -> None:
         self._rules = tuple(rules)
         self._segments: dict[Tensor, tuple[Segment, ...]] = {}
@@ -120,6 +133,7 @@ class AdamMini(DeviceOptimizer):
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
             "state": state,
+            "half": half,
         }
         super().__init__(params, defaults, fused)
 
@@ -167,11 +181,9 @@ class AdamMini(DeviceOptimizer):
         }
         if dtype.itemsize == 1:
             state["exp_avg_scale"] = torch.ones(blocks, dtype=torch.float32, device=param.device)
-        return state
+        return state | self._master(group, param)
 
-    def _moment_dtype(
-        self, group: dict[str, Any], param: Tensor, wide: torch.dtype
-    ) -> torch.dtype:
+    def _moment_dtype(self, group: dict[str, Any], param: Tensor, wide: torch.dtype) -> torch.dtype:
         if group["state"] == "fp32":
             return wide
         if group["state"] == "fp8":
@@ -192,6 +204,52 @@ class AdamMini(DeviceOptimizer):
 
     # The step
 
+    def _launch(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        lr: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> list[Tensor]:
+        from optim.kernels.mini_launch import mini_numbers
+
+        plans = self.__dict__.setdefault("_plans", {})
+        key = (id(self.ema), *map(id, params))
+        if key not in plans:
+            plans[key] = self._plan(group, params)
+        buckets, rest = plans[key]
+        for some, names, launch in buckets:
+            rate = self.ema.begin_fused(names) if names else 1.0
+            values = mini_numbers(group["betas"], group["weight_decay"], group["eps"], rate)
+            launch.run([p.grad.contiguous() for p in some], values, lr, grad_scale, found_inf)
+        return rest
+
+    def _plan(
+        self, group: dict[str, Any], params: list[Tensor]
+    ) -> tuple[list[tuple[list[Tensor], list[str], MiniLaunch]], list[Tensor]]:
+        """Buckets (parameters, names of their shadows, launch) and the parameters of none."""
+        from optim.kernels.mini_launch import MiniLaunch, supported
+
+        shadows = {} if self.ema is None else self.ema.fusable(params)
+        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
+        for p in params:
+            if supported(p):
+                kind = (p.dtype, self.state[p]["exp_avg"].dtype, p in shadows)
+                kinds.setdefault(kind, []).append(p)
+        buckets = []
+        for (dtype, _, shadowed), some in kinds.items():
+            stochastic = group["half"] == "stochastic" and dtype == torch.bfloat16
+            launch = MiniLaunch(
+                some,
+                [self.state[p] for p in some],
+                [self._segments[p] for p in some],
+                [shadows[p][1] for p in some] if shadowed else None,
+                [self._number(p) for p in some] if stochastic else None,
+            )
+            buckets.append((some, [shadows[p][0] for p in some] if shadowed else [], launch))
+        return buckets, [p for p in params if not supported(p)]
+
     def _update_one(
         self,
         group: dict[str, Any],
@@ -208,8 +266,9 @@ class AdamMini(DeviceOptimizer):
         m = from_fp8(old, state["exp_avg_scale"], segments) if "exp_avg_scale" in state else old
         moments = (m.to(grad.dtype), state["exp_avg_sq"], state["step"])
         options = {k: group[k] for k in ("betas", "eps", "weight_decay")}
-        new_p, m, v = adam_mini_update(p, grad, *moments, lr, segments=segments, **options)
-        writes = [(p, new_p), (state["exp_avg_sq"], v)]
+        wide = self._wide(group, p)
+        new_p, m, v = adam_mini_update(wide, grad, *moments, lr, segments=segments, **options)
+        writes = [*self._narrow(group, p, new_p), (state["exp_avg_sq"], v)]
         if "exp_avg_scale" in state:
             scale = fp8_scale(block_amax(m, segments), state["exp_avg_scale"])
             codes = to_fp8(m, scale, segments)
@@ -218,5 +277,4 @@ class AdamMini(DeviceOptimizer):
             writes += [(old.view(torch.uint8), codes.view(torch.uint8))]
         else:
             writes += [(old, m.to(old.dtype))]
-        for target, value in writes:
-            target.copy_(value if found_inf is None else torch.where(found_inf, target, value))
+        write_gated(writes, found_inf)

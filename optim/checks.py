@@ -44,6 +44,8 @@ def check_options(group: Mapping[str, Any]) -> None:
     for name in ("weight_decay", "eps"):
         if not 0.0 <= group.get(name, 0.0) < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}")
+    if group.get("half", "nearest") not in ("nearest", "stochastic", "master"):
+        raise ValueError(f"half must be 'nearest', 'stochastic' or 'master', got {group['half']!r}")
     betas = group.get("betas", (0.0, 0.0))
     if len(betas) != 2:
         raise ValueError(f"betas must be two numbers, got {betas}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from optim.adam_atan2 import adam_atan2_update
 from optim.adam_like import AdamLike, Bucket, Plan, same_order
 from optim.adamw import adamw_update
-from optim.base import Fused, Params, work_dtype
+from optim.base import Fused, Half, Params, work_dtype, write_gated
 from optim.orthogonal import COEFFICIENTS, Coefficients, iterations, newton_schulz
 from optim.partition import partition_parameters
 
@@ -107,6 +107,7 @@ class Muon(AdamLike):
         betas: its decay rates.
         eps: of "adamw".
         fused: of the rest, see DeviceOptimizer.
+        half: see DeviceOptimizer.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Muon(AdamLike):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         fused: Fused | None = None,
+        half: Half = "nearest",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -139,6 +141,7 @@ class Muon(AdamLike):
             "adam_lr_scale": adam_lr_scale,
             "betas": tuple(betas),
             "eps": eps,
+            "half": half,
         }
         super().__init__(params, defaults, fused)
 
@@ -329,14 +332,15 @@ class Muon(AdamLike):
         """Orthogonalize matrices of one shape (or its transpose) as one batch; update `params`."""
         pieces = [_pieces(group)[id(p)] for p in params]
         stacks = [u.reshape(n, -1, u.shape[1]) for n, u in zip(pieces, ahead, strict=True)]
-        wide = [s.shape[1] <= s.shape[2] for s in stacks]
-        x = torch.cat([s if w else s.mT for s, w in zip(stacks, wide, strict=True)])
+        lying = [s.shape[1] <= s.shape[2] for s in stacks]
+        x = torch.cat([s if w else s.mT for s, w in zip(stacks, lying, strict=True)])
         x = newton_schulz(x, group["ns_steps"], coefficients=group["coefficients"])
-        for p, w, s, o in zip(params, wide, stacks, x.split(pieces), strict=True):
+        for p, w, s, o in zip(params, lying, stacks, x.split(pieces), strict=True):
             o = (o if w else o.mT).reshape(p.shape).to(s.dtype)
             size = lr * update_scale(*s.shape[1:], group["scaling"])
-            new = (p.to(s.dtype) * (1.0 - lr * group["weight_decay"]) - size * o).to(p.dtype)
-            p.copy_(new if found_inf is None else torch.where(found_inf, p, new))
+            wide = self._wide(group, p)
+            new = (wide.to(s.dtype) * (1.0 - lr * group["weight_decay"]) - size * o).to(wide.dtype)
+            write_gated(self._narrow(group, p, new), found_inf)
 
 
 def _pieces(group: dict[str, Any]) -> dict[int, int]:

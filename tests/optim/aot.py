@@ -1,0 +1,130 @@
+"""Every Triton kernel of optim/, compiled for GPUs that are not here.
+
+Not collected by itself: `test_kernels.py` runs it, once per compute capability, in a process in
+which Triton does not interpret: `python -m tests.optim.aot 90`.
+
+A new kernel joins by one entry of `cases`; a test fails for a kernel without one.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import optim.kernels
+from optim.kernels import adam_mini, formats, tiles
+from optim.kernels.adam import adam_kernel
+from optim.kernels.norm import norm_kernel
+from optim.kernels.sparse import BLOCK_N, BLOCK_W, sparse_signsgd_kernel
+
+# Bytes of shared memory that one program can have, by compute capability.
+SHARED = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+SCALARS = {"lr_ptr": "*fp32", "scale_ptr": "*fp32", "found_ptr": "*fp32"}
+FLAGS = {"HAS_SCALE": True, "HAS_FOUND": True, "ALIGNED": True}
+
+
+@dataclass
+class Case:
+    """One specialization: types of the arguments, values of the constants."""
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    contains: tuple[str, ...] = ()  # what the PTX must have: 16 bytes moved at once, …
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """What is compiled for one architecture: the widest form of every kernel."""
+    both = ("ld.global.v4", "st.global.v4")
+    table = {"chunk_tensor": "*i32", "chunk_index": "*i32", "addresses": "*i64", "sizes": "*i64"}
+
+    tile = tiles._BY_CAPABILITY.get(divmod(capability, 10), tiles._DEFAULT)
+    types = {**table, "counts": "*i32", "tickets": "*i32", "ready": "*fp32", "numbers": "*fp64"}
+    types |= {"tensors": "i32", **SCALARS}
+    for rule in ("adamw", "atan2_outside", "atan2_inside"):
+        dtype = tl.bfloat16 if rule == "adamw" and capability >= 80 else tl.float32
+        constants = {**FLAGS, "HAS_EMA": True, "POWF": True, "RULE": rule, "DTYPE": dtype}
+        yield Case(adam_kernel, types, {**constants, "BLOCK": tile.block}, tile.warps, both)
+
+    types = {**table, "partials": "*fp32", "ticket": "*i32", "out": "*fp32", "first": "i32"}
+    types |= {"chunks": "i32", "max_norm": "fp32"}
+    constants = {"DTYPE": tl.float32, "ALIGNED": True, "ROUNDS": 3, "COUNT": tile.norm_programs}
+    constants["BLOCK"] = tile.norm_block
+    yield Case(norm_kernel, types, constants, tile.norm_warps, both[:1])
+
+    types = {"table": "*fp32", "ids": "*i64", "rows": "*fp32", "n": "i32", "width": "i32"}
+    types |= {"table_stride": "i32", "weight_decay": "fp32", **SCALARS}
+    constants = {"HAS_SCALE": True, "HAS_FOUND": True, "BLOCK_N": BLOCK_N, "BLOCK_W": BLOCK_W}
+    yield Case(sparse_signsgd_kernel, types, constants, 4)
+
+    mini = tiles._MINI_BY_CAPABILITY.get(divmod(capability, 10), tiles._MINI_DEFAULT)
+    types = {"tiles": "*i64", "larges": "*i64", "addresses": "*i64", "counts": "*i32"}
+    types |= {"partials": "*fp32", "peaks": "*fp32", "tickets": "*i32", "large_tickets": "*i32"}
+    types |= {"ready": "*fp32", "next_scales": "*fp32", "seeds": "*i32", "numbers": "*fp64"}
+    types |= {"tensors": "i32", **SCALARS}
+    shapes = sum(1 << k for k in (9, 10, 12, 15, 16 + 4, 31))  # those of usual models
+    for param, moment in (("fp32", "fp32"), ("fp32", "fp8"), ("bf16", "bf16"), ("bf16", "fp8")):
+        common = {**FLAGS, "MOMENT": moment, "TILE": mini.block}
+        elements = formats.ELEMENTS[param]
+        constants = {**common, "GRAD": param, "GRAD_DTYPE": elements}
+        yield Case(adam_mini.large_blocks_kernel, types, constants, mini.warps)
+        constants = {**common, "PARAM": param, "PARAM_DTYPE": elements, "HAS_EMA": True}
+        constants |= {"MOMENT_DTYPE": formats.ELEMENTS[moment], "SHAPES": shapes}
+        constants |= {"HAS_MASTER": param == "bf16", "STOCHASTIC": moment == "bf16"}
+        wide = both if param == "fp32" else ()
+        yield Case(adam_mini.adam_mini_kernel, types, constants, mini.warps, wide)
+
+
+def compile_case(case: Case, capability: int) -> int:
+    """Compile, check, and return the bytes of shared memory."""
+    names = case.kernel.arg_names
+    signature = {n: case.types[n] for n in names if n not in case.constants}
+    signature |= dict.fromkeys(case.constants, "constexpr")
+    constants = {(names.index(n),): v for n, v in case.constants.items()}
+    source = ASTSource(case.kernel, signature, constexprs=constants)
+    options = {"num_warps": case.warps, "enable_fp_fusion": True, **case.options}
+    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    name = case.kernel.fn.__name__
+    assert done.metadata.shared <= SHARED[capability], (name, done.metadata.shared)
+    for text in case.contains:
+        assert text in done.asm["ptx"], (name, text)
+    kinds = re.findall(r"\b(?:atom|red)\.[a-z0-9_.]+", done.asm["ptx"])
+    assert all(k.endswith(("add.u32", "add.s32")) for k in kinds), (name, kinds)  # tickets only
+    return done.metadata.shared
+
+
+def every_kernel() -> set[str]:
+    """Names of all kernels of the package: jitted functions called …_kernel."""
+    found = set()
+    for path in Path(optim.kernels.__file__).parent.glob("*.py"):
+        text = path.read_text()
+        if "@triton.jit" in text:
+            module = import_module(f"optim.kernels.{path.stem}")
+            own = re.findall(r"^@triton\.jit\ndef (\w+_kernel)\(", text, flags=re.MULTILINE)
+            found |= {name for name in own if hasattr(module, name)}
+    return found
+
+
+def main() -> None:
+    """Compile everything for the capability on the command line."""
+    capability = int(sys.argv[1])
+    compiled = set()
+    for case in cases(capability):
+        shared = compile_case(case, capability)
+        compiled.add(case.kernel.fn.__name__)
+        print(f"sm_{capability} {case.kernel.fn.__name__}: {shared} bytes of shared memory")
+    assert compiled == every_kernel(), f"without a case: {every_kernel() - compiled}"
+
+
+if __name__ == "__main__":
+    main()
