@@ -39,6 +39,42 @@ def _pointer(
 
 
 @triton.jit
+def _piece(
+    row,
+    addresses,
+    numbers,
+    tensors,
+    t,
+    scale,
+    old_scale,
+    GRAD: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    MOMENT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The sum of a piece's squares; with e4m3, the largest size of its new first moments."""
+    start = tl.load(row + START)
+    width = tl.load(row + WIDTH).to(tl.int32)
+    if ALIGNED:
+        start, width = tl.multiple_of(start, 16), tl.multiple_of(width, 16)
+    lanes = tl.arange(0, TILE)
+    mask = lanes < width
+    g_ptr = _pointer(addresses, G, tensors, t, GRAD_DTYPE, ALIGNED) + start
+    g = widen(tl.load(g_ptr + lanes, mask=mask, other=0), GRAD)
+    if HAS_SCALE:
+        g = tl.div_rn(g, scale)
+    peak = 0.0
+    if MOMENT == "fp8":
+        m_ptr = _pointer(addresses, M, tensors, t, tl.uint8, ALIGNED) + start
+        m = widen(tl.load(m_ptr + lanes, mask=mask, other=0), MOMENT) * tl.div_rn(1.0, old_scale)
+        m = tl.fma(tl.load(numbers + TAKE1).to(tl.float32), g - m, m)
+        peak = tl.max(tl.abs(m))
+    return tl.sum(g * g), peak
+
+
+@triton.jit
 def large_blocks_kernel(
     tiles,
     larges,
@@ -73,27 +109,27 @@ def large_blocks_kernel(
         program = tl.program_id(0)
         row = tiles + program * TILE_COLUMNS
         t = tl.load(row + TENSOR)
-        start = tl.load(row + START)
-        width = tl.load(row + WIDTH).to(tl.int32)
         large = tl.load(row + LARGE)
-        g_ptr = _pointer(addresses, G, tensors, t, GRAD_DTYPE, ALIGNED)
-        if ALIGNED:
-            start, width = tl.multiple_of(start, 16), tl.multiple_of(width, 16)
-        lanes = tl.arange(0, TILE)
-        mask = lanes < width
-        g = widen(tl.load(g_ptr + start + lanes, mask=mask, other=0), GRAD)
-        if HAS_SCALE:
-            g = tl.div_rn(g, tl.load(scale_ptr).to(tl.float32))
-        tl.store(partials + program, tl.sum(g * g))
         block = tl.load(larges + large * LARGE_COLUMNS + BLOCK)
+        scale = 1.0
+        if HAS_SCALE:
+            scale = tl.load(scale_ptr).to(tl.float32)
         old_scale = 1.0
         if MOMENT == "fp8":
             old_scale = tl.load(_pointer(addresses, SCALE, tensors, t, tl.float32, False) + block)
-            m_ptr = _pointer(addresses, M, tensors, t, tl.uint8, ALIGNED)
-            m = widen(tl.load(m_ptr + start + lanes, mask=mask, other=0), MOMENT)
-            m = m * tl.div_rn(1.0, old_scale)
-            m = tl.fma(tl.load(numbers + TAKE1).to(tl.float32), g - m, m)
-            tl.store(peaks + program, tl.max(tl.abs(m)))
+        if tl.load(row + SHAPE) < 16:
+            square, own_peak = _piece(
+                row, addresses, numbers, tensors, t, scale, old_scale,
+                GRAD, GRAD_DTYPE, MOMENT, HAS_SCALE, ALIGNED, TILE,
+            )  # fmt: skip
+        else:
+            square, own_peak = _piece(
+                row, addresses, numbers, tensors, t, scale, old_scale,
+                GRAD, GRAD_DTYPE, MOMENT, HAS_SCALE, False, TILE // 4,
+            )  # fmt: skip
+        tl.store(partials + program, square)
+        if MOMENT == "fp8":
+            tl.store(peaks + program, own_peak)
         tl.debug_barrier()  # the partial is written before the ticket is drawn, which releases it
         count = tl.load(larges + large * LARGE_COLUMNS + TILES).to(tl.int32)
         if tl.atomic_add(tickets + large, 1, sem="acq_rel") == count - 1:
@@ -150,10 +186,12 @@ def _tile(
     STOCHASTIC: tl.constexpr,
     IS_LARGE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
+    LOG: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Up to R rows of up to C elements; each row is a block, or (IS_LARGE) a piece of one."""
+    """Rows of up to 2^LOG elements, each of them a block; or (IS_LARGE) a piece of a block."""
+    C: tl.constexpr = TILE if IS_LARGE else 1 << LOG
+    R: tl.constexpr = TILE // C if TILE > C else 1
     t = tl.load(row + TENSOR)
     start = tl.load(row + START)
     width = tl.load(row + WIDTH).to(tl.int32)
@@ -264,8 +302,7 @@ def adam_mini_kernel(
 ):
     """One program per tile. Counts steps and carries bias corrections as `adam_kernel` does.
 
-    SHAPES has bit k for tiles of rows up to 2^k wide (bit 16 + k: whose starts or widths are no
-    multiples of 16), and bits 15 and 31 for pieces of large blocks.
+    SHAPES has a bit for every shape of tile in the table, see `optim.kernels.mini_tiles`.
     """
     found = 0.0
     if HAS_FOUND:
@@ -294,9 +331,8 @@ def adam_mini_kernel(
                     _tile(
                         row, addresses, next_scales, numbers, tensors, lr, scale, c1, c2_root, key,
                         PARAM, PARAM_DTYPE, MOMENT, MOMENT_DTYPE, HAS_SCALE, HAS_MASTER, HAS_EMA,
-                        STOCHASTIC, k % 16 == 15, ALIGNED and k < 16,
-                        1 if k % 16 == 15 else TILE >> (k % 16),
-                        TILE if k % 16 == 15 else 1 << (k % 16),
+                        STOCHASTIC, k % 16 == 15, ALIGNED and k < 16, k % 16,
+                        TILE if k < 16 else TILE // 4,
                     )  # fmt: skip
         tl.debug_barrier()  # every thread of this program has used the step it read
         if MOMENT == "fp8":

@@ -70,7 +70,7 @@ class MiniLaunch:
         fixed.append([s["exp_avg_scale" if self.moment == "fp8" else "exp_avg"] for s in states])
         self.fixed = [t.data_ptr() for column in fixed for t in column]
         self.tile = mini_tile_for(device)
-        self.cut = MiniTiles(segments, self.tile.block, device)
+        self.cut = MiniTiles(segments, self.tile.block, self.tile.widest, device)
         self.table = TensorTable([0] * n, self.tile.block, device)
         self.tickets = torch.zeros(n, dtype=torch.int32, device=device)
         large = max(1, self.cut.large_blocks)

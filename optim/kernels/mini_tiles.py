@@ -9,8 +9,10 @@ from torch import Tensor
 
 from optim.partition import Segment
 
-SMALLEST = 4  # log2 of the narrowest row of a tile
-LARGE_SHAPE, UNALIGNED = 15, 16  # see `adam_mini_kernel`
+# Shapes of tiles: k for rows up to 2^k wide, as many as make a tile; LARGE_SHAPE for a piece of a
+# large block; plus UNALIGNED where starts or widths are no multiples of 16. Those move element by
+# element, which takes more registers, so they are a quarter as large.
+SMALLEST, LARGE_SHAPE, UNALIGNED = 4, 15, 16
 
 
 class MiniTiles:
@@ -18,7 +20,8 @@ class MiniTiles:
 
     Args:
         segments: per tensor.
-        tile: elements of a tile, a power of two of at most 2¹⁴.
+        tile: elements of a tile, a power of two of at least 64.
+        widest: elements of the widest block that one program takes whole, a power of two.
         device: where the kernels run.
 
     Attributes:
@@ -32,17 +35,23 @@ class MiniTiles:
     """
 
     def __init__(
-        self, segments: Sequence[Sequence[Segment]], tile: int, device: torch.device
+        self,
+        segments: Sequence[Sequence[Segment]],
+        tile: int,
+        widest: int,
+        device: torch.device,
     ) -> None:
         small, pieces, larges = [], [], []
         n_pieces = n_larges = 0
         for t, parts in enumerate(segments):
             start = block = 0
             for s in parts:
-                if s.size <= tile:
-                    small.append(_small_tiles(t, start, block, s, tile))
+                odd = start % 16 or s.size % 16
+                if s.size <= (tile // 4 if odd else widest):
+                    small.append(_small_tiles(t, start, block, s, tile, bool(odd)))
                 else:
-                    rows, entries = _large_tiles(t, start, block, s, tile, n_pieces, n_larges)
+                    unit = tile // 4 if start % 16 or (s.size % 16 and s.blocks > 1) else tile
+                    rows, entries = _large_tiles(t, start, block, s, unit, n_pieces, n_larges)
                     pieces.append(rows)
                     larges.append(entries)
                     n_pieces += len(rows)
@@ -68,24 +77,30 @@ def _columns(*columns: Tensor | int) -> Tensor:
     return torch.stack([c.to(torch.int64) for c in whole], dim=1)
 
 
-def _small_tiles(t: int, start: int, block: int, s: Segment, tile: int) -> Tensor:
+def _small_tiles(t: int, start: int, block: int, s: Segment, tile: int, odd: bool) -> Tensor:
     shape = max(SMALLEST, (s.size - 1).bit_length())
-    step = tile >> shape
+    step = max(1, (tile // 4 if odd else tile) >> shape)
     first = torch.arange(0, s.blocks, step)
     rows = torch.clamp(s.blocks - first, max=step)
-    if s.size % 16 or start % 16:
-        shape += UNALIGNED
+    shape += UNALIGNED * odd
     return _columns(t, start + first * s.size, shape, s.size, rows, block + first, -1)
 
 
 def _large_tiles(
-    t: int, start: int, block: int, s: Segment, tile: int, pieces: int, larges: int
+    t: int, start: int, block: int, s: Segment, unit: int, pieces: int, larges: int
 ) -> tuple[Tensor, Tensor]:
-    each = -(-s.size // tile)
+    """Pieces of `unit` elements and one or two of what is left: a multiple of 16, and the rest."""
+    inside = torch.arange(0, s.size, unit)
+    widths = torch.clamp(s.size - inside, max=unit)
+    last, rest = int(widths[-1]), int(widths[-1]) % 16
+    if rest and last > rest:
+        widths[-1] = last - rest
+        inside = torch.cat([inside, torch.tensor([s.size - rest])])
+        widths = torch.cat([widths, torch.tensor([rest])])
+    each = len(inside)
     number = torch.arange(s.blocks).repeat_interleave(each)
-    inside = torch.arange(each).repeat(s.blocks) * tile
-    first = start + number * s.size + inside
-    width = torch.clamp(s.size - inside, max=tile)
+    first = start + number * s.size + inside.repeat(s.blocks)
+    width = widths.repeat(s.blocks)
     odd = ((first % 16 != 0) | (width % 16 != 0)).to(torch.int64)
     shape = LARGE_SHAPE + UNALIGNED * odd
     rows = _columns(t, first, shape, width, 1, block + number, larges + number)

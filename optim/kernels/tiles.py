@@ -42,12 +42,13 @@ class MiniTile:
     """How the launches of Adam-mini are cut."""
 
     name: str
-    block: int  # elements of one program; a block of the partition that is larger takes several
+    block: int  # elements of one program
+    widest: int  # of a partition's blocks that one program takes whole; a larger one takes several
     warps: int
 
 
-_MINI_BY_CAPABILITY = {(9, 0): MiniTile("mini-sm90-1", 4096, 8)}
-_MINI_DEFAULT = MiniTile("mini-default-1", 4096, 8)
+_MINI_BY_CAPABILITY = {(9, 0): MiniTile("mini-sm90-1", 4096, 4096, 8)}
+_MINI_DEFAULT = MiniTile("mini-default-1", 4096, 4096, 8)
 
 
 def mini_tile_for(device: torch.device) -> MiniTile:
