@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from optim.adamw import AdamW, adamw_update
     from optim.base import DeviceOptimizer
     from optim.clip import clip_grad_norm, clip_scale, global_grad_norm
-    from optim.config import OPTIMIZERS, AdamATan2Config, AdamWConfig, MuonConfig, OptimizerConfig
+    from optim.config import (
+        OPTIMIZERS,
+        AdamATan2Config,
+        AdamMiniConfig,
+        AdamWConfig,
+        MuonConfig,
+        OptimizerConfig,
+    )
     from optim.ema import EMA
     from optim.muon import Muon, muon_update
     from optim.orthogonal import newton_schulz
@@ -36,6 +43,7 @@ _HOME = {
     "global_grad_norm": "clip",
     "OPTIMIZERS": "config",
     "AdamATan2Config": "config",
+    "AdamMiniConfig": "config",
     "AdamWConfig": "config",
     "OptimizerConfig": "config",
     "MuonConfig": "config",
@@ -55,6 +63,7 @@ __all__ = [
     "AdamATan2",
     "AdamATan2Config",
     "AdamMini",
+    "AdamMiniConfig",
     "AdamW",
     "AdamWConfig",
     "DeviceOptimizer",
