@@ -37,9 +37,9 @@ def bias_correction(step: Tensor, beta: float) -> Tensor:
     Written as `-expm1(step * log(beta))`, which loses no digits to the subtraction: the relative
     error is that of the product, at any step and for any beta.
     """
-    if beta == 0.0:
-        return torch.ones_like(step)
     dtype = torch.float32 if step.device.type == "mps" else torch.float64
+    if beta == 0.0:
+        return torch.ones_like(step, dtype=dtype)
     return -torch.expm1(step.to(dtype) * math.log(beta))
 
 

@@ -35,6 +35,15 @@ def test_kernels_in_the_interpreter(some):
     assert "passed" in out
 
 
+MINI_FEW = "resume and fp8 or tiles or unaligned or (reference and fp32-nearest)"
+
+
+@pytest.mark.parametrize("some", [MINI_FEW, pytest.param(f"not ({MINI_FEW})", marks=slow)])
+def test_adam_mini_in_the_interpreter(some):
+    out = run("-m", "pytest", "-q", "-k", some, "tests/optim/mini_cases.py", TRITON_INTERPRET="1")
+    assert "passed" in out
+
+
 @pytest.mark.parametrize("capability", [*(pytest.param(c, marks=slow) for c in (75, 86, 89)), 90])
 def test_kernels_compile_ahead_of_time(tmp_path, capability):
     """Every kernel of the package, within the shared memory of the architecture."""
