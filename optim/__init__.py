@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from optim.partition import partition_parameters
     from optim.schedule import learning_rate
     from optim.sparse_signsgd import SparseSignSGD, sparse_signsgd_update
+    from optim.telemetry import Telemetry
 
 _HOME = {
     "AdamATan2": "adam_atan2",
@@ -55,6 +56,7 @@ _HOME = {
     "learning_rate": "schedule",
     "SparseSignSGD": "sparse_signsgd",
     "sparse_signsgd_update": "sparse_signsgd",
+    "Telemetry": "telemetry",
 }
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "MuonConfig",
     "OptimizerConfig",
     "SparseSignSGD",
+    "Telemetry",
     "adam_atan2_update",
     "adam_mini_update",
     "adamw_update",
