@@ -246,8 +246,8 @@ def _tile(
     # p = p * (1 - lr * weight_decay) - lr / c1 * m / (sqrt(v) / c2_root + eps)
     eps = tl.load(numbers + EPS).to(tl.float32)
     size = tl.div_rn(tl.div_rn(lr, c1), tl.div_rn(tl.sqrt_rn(v), c2_root) + eps)
-    p = tl.fma(-lr * tl.load(numbers + DECAY).to(tl.float32), p, p)
-    p = tl.fma(-size[:, None], m, p)
+    keep = tl.fma(-lr, tl.load(numbers + DECAY).to(tl.float32), 1.0)
+    p = tl.fma(-size[:, None], m, p * keep)  # rounded where the official package rounds
 
     if MOMENT == "fp8":
         if IS_LARGE:
