@@ -50,6 +50,7 @@ def _piece(
     GRAD: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     MOMENT: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
@@ -64,9 +65,9 @@ def _piece(
     g_ptr = _pointer(addresses, G, tensors, t, GRAD_DTYPE, ALIGNED) + start
     g = widen(tl.load(g_ptr + lanes, mask=mask, other=0), GRAD)
     if HAS_SCALE:
-        g = tl.div_rn(g, scale)
+        g = g * scale
     peak = 0.0
-    if MOMENT == "fp8":
+    if SCALED:
         m_ptr = _pointer(addresses, M, tensors, t, tl.uint8, ALIGNED) + start
         m = widen(tl.load(m_ptr + lanes, mask=mask, other=0), MOMENT) * tl.div_rn(1.0, old_scale)
         m = tl.fma(tl.load(numbers + TAKE1).to(tl.float32), g - m, m)
@@ -90,6 +91,7 @@ def large_blocks_kernel(
     GRAD: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     MOMENT: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -113,22 +115,22 @@ def large_blocks_kernel(
         block = tl.load(larges + large * LARGE_COLUMNS + BLOCK)
         scale = 1.0
         if HAS_SCALE:
-            scale = tl.load(scale_ptr).to(tl.float32)
+            scale = tl.div_rn(1.0, tl.load(scale_ptr).to(tl.float32))
         old_scale = 1.0
-        if MOMENT == "fp8":
+        if SCALED:
             old_scale = tl.load(_pointer(addresses, SCALE, tensors, t, tl.float32, False) + block)
         if tl.load(row + SHAPE) < 16:
             square, own_peak = _piece(
                 row, addresses, numbers, tensors, t, scale, old_scale,
-                GRAD, GRAD_DTYPE, MOMENT, HAS_SCALE, ALIGNED, TILE,
+                GRAD, GRAD_DTYPE, MOMENT, SCALED, HAS_SCALE, ALIGNED, TILE,
             )  # fmt: skip
         else:
             square, own_peak = _piece(
                 row, addresses, numbers, tensors, t, scale, old_scale,
-                GRAD, GRAD_DTYPE, MOMENT, HAS_SCALE, False, TILE // 4,
+                GRAD, GRAD_DTYPE, MOMENT, SCALED, HAS_SCALE, False, TILE // 4,
             )  # fmt: skip
         tl.store(partials + program, square)
-        if MOMENT == "fp8":
+        if SCALED:
             tl.store(peaks + program, own_peak)
         tl.debug_barrier()  # the partial is written before the ticket is drawn, which releases it
         count = tl.load(larges + large * LARGE_COLUMNS + TILES).to(tl.int32)
@@ -142,7 +144,7 @@ def large_blocks_kernel(
                 where = first + k + some
                 # past the first-level cache, which may not have seen the others' writes
                 total += tl.load(partials + where, mask=inside, other=0.0, cache_modifier=".cg")
-                if MOMENT == "fp8":
+                if SCALED:
                     more = tl.load(peaks + where, mask=inside, other=0.0, cache_modifier=".cg")
                     peak = tl.maximum(peak, more)
             size = tl.load(larges + large * LARGE_COLUMNS + SIZE).to(tl.float32)
@@ -150,7 +152,7 @@ def large_blocks_kernel(
             v = tl.load(v_ptr) * tl.load(numbers + KEEP2).to(tl.float32)
             mean = tl.div_rn(tl.sum(total), size)
             tl.store(v_ptr, tl.fma(mean, tl.load(numbers + TAKE2).to(tl.float32), v))
-            if MOMENT == "fp8":
+            if SCALED:
                 tl.store(next_scales + large, fp8_scale(tl.max(peak), old_scale))
             tl.store(tickets + large, 0)
 
@@ -180,6 +182,7 @@ def _tile(
     PARAM_DTYPE: tl.constexpr,
     MOMENT: tl.constexpr,
     MOMENT_DTYPE: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     HAS_EMA: tl.constexpr,
@@ -219,7 +222,7 @@ def _tile(
         ema_ptr = _pointer(addresses, EMA, tensors, t, tl.float32, ALIGNED) + start
         e = tl.load(ema_ptr + offsets, mask=mask, other=0.0)
     if HAS_SCALE:
-        g = tl.div_rn(g, scale)
+        g = g * scale
 
     # v = beta2 * v + (1 - beta2) * mean(g²)
     if IS_LARGE:
@@ -237,7 +240,7 @@ def _tile(
     # m = m + (1 - beta1) * (g - m)
     old_scale = tl.full((R,), 1.0, dtype=tl.float32)
     scale_ptr = v_ptr
-    if MOMENT == "fp8":
+    if SCALED:
         scale_ptr = _pointer(addresses, SCALE, tensors, t, tl.float32, False) + blocks
         old_scale = tl.load(scale_ptr, mask=inside, other=1.0)
         m = m * tl.div_rn(1.0, old_scale)[:, None]
@@ -249,7 +252,7 @@ def _tile(
     keep = tl.fma(-lr, tl.load(numbers + DECAY).to(tl.float32), 1.0)
     p = tl.fma(-size[:, None], m, p * keep)  # rounded where the official package rounds
 
-    if MOMENT == "fp8":
+    if SCALED:
         if IS_LARGE:
             new_scale = tl.load(next_scales + tl.load(row + LARGE)) + tl.zeros((R,), tl.float32)
         else:
@@ -291,6 +294,7 @@ def adam_mini_kernel(
     PARAM_DTYPE: tl.constexpr,
     MOMENT: tl.constexpr,
     MOMENT_DTYPE: tl.constexpr,
+    SCALED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND: tl.constexpr,
     HAS_MASTER: tl.constexpr,
@@ -315,7 +319,7 @@ def adam_mini_kernel(
         lr = tl.load(lr_ptr).to(tl.float32)
         scale = 1.0
         if HAS_SCALE:
-            scale = tl.load(scale_ptr).to(tl.float32)
+            scale = tl.div_rn(1.0, tl.load(scale_ptr).to(tl.float32))
         step_ptr = _pointer(addresses, STEP, tensors, t, tl.float32, False)
         step = tl.load(step_ptr) + 1.0
         c1 = tl.load(ready + 3 * t + 1)
@@ -330,12 +334,12 @@ def adam_mini_kernel(
                 if shape == k:
                     _tile(
                         row, addresses, next_scales, numbers, tensors, lr, scale, c1, c2_root, key,
-                        PARAM, PARAM_DTYPE, MOMENT, MOMENT_DTYPE, HAS_SCALE, HAS_MASTER, HAS_EMA,
-                        STOCHASTIC, k % 16 == 15, ALIGNED and k < 16, k % 16,
+                        PARAM, PARAM_DTYPE, MOMENT, MOMENT_DTYPE, SCALED, HAS_SCALE, HAS_MASTER,
+                        HAS_EMA, STOCHASTIC, k % 16 == 15, ALIGNED and k < 16, k % 16,
                         TILE if k < 16 else TILE // 4,
                     )  # fmt: skip
         tl.debug_barrier()  # every thread of this program has used the step it read
-        if MOMENT == "fp8":
+        if SCALED:
             large = tl.load(row + LARGE)
             if large >= 0:
                 entry = larges + large * LARGE_COLUMNS

@@ -2,7 +2,8 @@
 """Number formats by their bits: float32 from and to bf16 and e4m3, noise for stochastic rounding.
 
 Integer arithmetic, so that every architecture (and the interpreter) gives the same bits. Formats
-are named "fp32", "fp16", "bf16" (in memory uint16) and "fp8" (e4m3, in memory uint8).
+are named "fp32", "fp16", "bf16" (in memory uint16), "fp8" (e4m3, in memory uint8), and "fp8_cvt":
+the same by the conversion instructions of compute capability 8.9 and up.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ELEMENTS = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.uint16, "fp8": tl.uint8}
+ELEMENTS = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.uint16, "fp8": tl.uint8,
+            "fp8_cvt": tl.uint8}  # fmt: skip
 
 
 @triton.jit
@@ -42,6 +44,8 @@ def widen(x, FORMAT: tl.constexpr):
     """float32 from what was loaded."""
     if FORMAT == "bf16":
         return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif FORMAT == "fp8_cvt":
+        return x.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     elif FORMAT == "fp8":
         bits = x.to(tl.uint32)
         # e4m3 has exponent bias 7, float32 127: the same digits, 2^120 smaller; also subnormals
@@ -67,6 +71,8 @@ def narrow(x, noise, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
         else:
             rounded = bits + even
         return tl.where(x != x, 0x7FC0, rounded >> 16).to(tl.uint16)
+    elif FORMAT == "fp8_cvt":
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     elif FORMAT == "fp8":
         bits = x.to(tl.uint32, bitcast=True)
         sign = (bits >> 24) & 0x80

@@ -62,12 +62,15 @@ class MiniLaunch:
         self.states = [dict(s) for s in states]
         device, n = self.params[0].device, len(self.params)
         self.moment = FORMATS[states[0]["exp_avg"].dtype]
+        self.scaled = self.moment == "fp8"
+        if self.scaled and device.type == "cuda":  # an older GPU keeps no e4m3
+            self.moment = "fp8_cvt"
         self.has_master = "master" in states[0]
         # columns after the gradients; what there is not repeats the moments
         names = ["exp_avg", "exp_avg_sq", "step", "master" if self.has_master else "exp_avg"]
         fixed = [[s[name] for s in states] for name in names]
         fixed.append(self.shadows or fixed[0])
-        fixed.append([s["exp_avg_scale" if self.moment == "fp8" else "exp_avg"] for s in states])
+        fixed.append([s["exp_avg_scale" if self.scaled else "exp_avg"] for s in states])
         self.fixed = [t.data_ptr() for column in fixed for t in column]
         self.tile = mini_tile_for(device)
         self.cut = MiniTiles(segments, self.tile.block, self.tile.widest, device)
@@ -115,6 +118,7 @@ class MiniLaunch:
         param = FORMATS[self.params[0].dtype]
         options = {
             "MOMENT": self.moment,
+            "SCALED": self.scaled,
             "HAS_SCALE": grad_scale is not None,
             "HAS_FOUND": found_inf is not None,
             "ALIGNED": self.aligned,

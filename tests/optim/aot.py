@@ -73,8 +73,9 @@ def cases(capability: int) -> Iterator[Case]:
     types |= {"ready": "*fp32", "next_scales": "*fp32", "seeds": "*i32", "numbers": "*fp64"}
     types |= {"tensors": "i32", **SCALARS}
     shapes = sum(1 << k for k in (9, 10, 12, 15, 16 + 4, 31))  # those of usual models
-    for param, moment in (("fp32", "fp32"), ("fp32", "fp8"), ("bf16", "bf16"), ("bf16", "fp8")):
-        common = {**FLAGS, "MOMENT": moment, "TILE": mini.block}
+    fp8 = "fp8_cvt" if capability >= 89 else "fp8"
+    for param, moment in (("fp32", "fp32"), ("fp32", fp8), ("bf16", "bf16"), ("bf16", fp8)):
+        common = {**FLAGS, "MOMENT": moment, "SCALED": moment == fp8, "TILE": mini.block}
         elements = formats.ELEMENTS[param]
         constants = {**common, "GRAD": param, "GRAD_DTYPE": elements}
         yield Case(adam_mini.large_blocks_kernel, types, constants, mini.warps)
