@@ -6,7 +6,6 @@ form of the official package adam-mini 1.1.1; the blocks are those of `optim.par
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +21,7 @@ from optim.base import (
     work_dtype,
     write_gated,
 )
+from optim.checks import warn
 from optim.moments import block_amax, fp8_missing, fp8_scale, from_fp8, per_element, to_fp8
 from optim.partition import Partition, Rule, Segment, partition_parameters
 
@@ -192,7 +192,7 @@ class AdamMini(DeviceOptimizer):
                 return torch.float8_e4m3fn
             if not self._warned:
                 self._warned = True
-                warnings.warn(f"{missing}: the first moment is kept in bf16", stacklevel=2)
+                warn(f"{missing}: the first moment is kept in bf16")
         return torch.bfloat16
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,12 +8,13 @@ queries and keys, per output neuron of values, projections and MLPs, per tensor 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
+
+from optim.checks import warn as raise_warning
 
 Rule = tuple[str, str, bool]
 
@@ -169,18 +170,16 @@ def partition_parameters(
     if len({id(part.param) for part in parts}) != len(parts):
         raise ValueError("a parameter appears twice")
     if warn and unknown:
-        warnings.warn(
+        raise_warning(
             f"no rule of optim.partition knows {_few(unknown)}: each is one block with one second "
-            "moment; name the parameters, or give a rule for them",
-            stacklevel=2,
+            "moment; name the parameters, or give a rule for them"
         )
     if warn and headless:
         heads = "num_heads is not given" if num_heads is None else f"they do not fit {num_heads}"
         heads += f" and {num_kv_heads} heads" if num_heads and num_kv_heads else ""
         heads += " heads" if num_heads and not num_kv_heads else ""
-        warnings.warn(
-            f"{_few(headless)} cannot be cut into heads, since {heads}: each is one block",
-            stacklevel=2,
+        raise_warning(
+            f"{_few(headless)} cannot be cut into heads, since {heads}: each is one block"
         )
     return parts
 
