@@ -6,7 +6,7 @@ form of the official package adam-mini 1.1.1; the blocks are those of `optim.par
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,23 +22,13 @@ from optim.base import (
     write_gated,
 )
 from optim.checks import warn
-from optim.moments import block_amax, fp8_missing, fp8_scale, from_fp8, per_element, to_fp8
+from optim.moments import block_amax, fp8_missing, fp8_scale, from_fp8, to_fp8
 from optim.partition import Partition, Rule, Segment, partition_parameters
 
 if TYPE_CHECKING:
     from optim.kernels.mini_launch import MiniLaunch
 
 State = Literal["fp32", "bf16", "fp8"]
-
-
-def block_mean_square(grad: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Mean of the squares of each block of `grad`, (blocks,)."""
-    flat, means, start = grad.reshape(-1), [], 0
-    for s in segments:
-        part = flat[start : start + s.blocks * s.size].view(s.blocks, s.size)
-        means.append(part.square().mean(dim=1))
-        start += part.numel()
-    return torch.cat(means) if means else flat.new_zeros(0)
 
 
 def adam_mini_update(
@@ -77,13 +67,37 @@ def adam_mini_update(
         New (param, m, v): param in its dtype, the moments in theirs.
     """
     beta1, beta2 = betas
-    p, g = param.to(work_dtype(param.dtype)), grad.to(work_dtype(param.dtype))
-    m = torch.lerp(exp_avg, g, 1.0 - beta1)
-    v = exp_avg_sq * beta2 + block_mean_square(g, segments) * (1.0 - beta2)
+    dtype = work_dtype(param.dtype)
     c1, c2 = bias_correction(step, beta1), bias_correction(step, beta2)
-    size = (lr / c1) / (v.sqrt() / c2.sqrt() + eps)
-    p = p * (1.0 - lr * weight_decay) - m * per_element(size, segments, p).to(p.dtype)
-    return p.to(param.dtype), m, v
+    keep = 1.0 - lr * weight_decay
+    flat = [x.to(dtype).reshape(-1) for x in (param, grad, exp_avg)]
+    new: tuple[list[Tensor], ...] = ([flat[0][:0]], [flat[2][:0]], [exp_avg_sq[:0]])
+    for (p, g, m), v in _by_segment(segments, flat, exp_avg_sq):
+        m = torch.lerp(m, g, 1.0 - beta1)
+        v = torch.add(v * beta2, _squares(g), alpha=(1.0 - beta2) / g.shape[1])
+        size = (lr / c1) / (v.sqrt() / c2.sqrt() + eps)
+        p = torch.addcmul(p * keep, m, size.to(dtype).unsqueeze(1), value=-1.0)
+        for parts, part in zip(new, (p, m, v), strict=True):
+            parts.append(part.reshape(-1))
+    p, m, v = map(torch.cat, new)
+    return p.reshape(param.shape).to(param.dtype), m.reshape(param.shape), v
+
+
+def _by_segment(
+    segments: Sequence[Segment], flat: Sequence[Tensor], per_block: Tensor
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Views of each segment: (blocks, size) of the `flat` tensors, (blocks,) of `per_block`."""
+    start = block = 0
+    for s in segments:
+        stop = start + s.blocks * s.size
+        views = [x[start:stop].view(s.blocks, s.size) for x in flat]
+        yield views, per_block[block : block + s.blocks]
+        start, block = stop, block + s.blocks
+
+
+def _squares(g: Tensor) -> Tensor:
+    """Sum of the squares of each row; not a dot product, whose bits depend on its address."""
+    return torch.linalg.vector_norm(g, dim=1).square()
 
 
 class AdamMini(DeviceOptimizer):
@@ -261,6 +275,10 @@ class AdamMini(DeviceOptimizer):
         state, segments = self.state[p], self._segments[p]
         grad = p.grad.to(work_dtype(p.dtype))
         grad = grad if grad_scale is None else grad / grad_scale
+        plain = p.device.type == "cpu" and found_inf is None and p.is_contiguous()
+        if plain and p.dtype == grad.dtype == state["exp_avg"].dtype:
+            self._update_in_place(group, p, grad, lr)
+            return
         state["step"] += 1 if found_inf is None else ~found_inf
         old = state["exp_avg"]
         m = from_fp8(old, state["exp_avg_scale"], segments) if "exp_avg_scale" in state else old
@@ -278,3 +296,16 @@ class AdamMini(DeviceOptimizer):
         else:
             writes += [(old, m.to(old.dtype))]
         write_gated(writes, found_inf)
+
+    def _update_in_place(self, group: dict[str, Any], p: Tensor, grad: Tensor, lr: Tensor) -> None:
+        """`adam_mini_update` without temporaries as large as `p`, whose page faults cost most."""
+        state, (beta1, beta2) = self.state[p], group["betas"]
+        m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"].add_(1)
+        c1, c2 = bias_correction(t, beta1), bias_correction(t, beta2)
+        keep = 1.0 - lr * group["weight_decay"]
+        flat = [x.detach().reshape(-1) for x in (p, grad, m)]
+        for (p_, g_, m_), v_ in _by_segment(self._segments[p], flat, v):
+            m_.lerp_(g_, 1.0 - beta1)
+            v_.mul_(beta2).add_(_squares(g_), alpha=(1.0 - beta2) / g_.shape[1])
+            size = (lr / c1) / (v_.sqrt() / c2.sqrt() + group["eps"])
+            p_.mul_(keep).addcmul_(m_, size.to(p.dtype).unsqueeze(1), value=-1.0)

@@ -233,6 +233,27 @@ def test_official_package_on_the_same_partition(weight_decay, kv):
         assert opt.state[p]["exp_avg_sq"].numel() == ref.state[q]["vmean"].numel()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_path_without_temporaries_is_the_rule_to_the_bit(dtype):
+    shapes = {"a.qkv": (36, 7), "a.mlp": (5, 33), "norm": (9,), "empty": (0, 4), "gain": ()}
+    named = [(n, torch.randn(s, dtype=dtype).requires_grad_()) for n, s in shapes.items()]
+    opt = AdamMini(named, 1e-2, num_heads=3)
+    for t in range(1, 6):
+        set_grads([p for _, p in named], t)
+        want = []
+        for _, p in named:
+            state, lr = opt.state[p], opt.param_groups[0]["lr"]
+            moments = [state[k].clone() for k in ("exp_avg", "exp_avg_sq")]
+            step, grad = torch.tensor(float(t)), p.grad / torch.tensor(3.0)
+            segments = opt.segments(p)
+            want.append(adam_mini_update(p.detach(), grad, *moments, step, lr, segments=segments))
+        opt.step(grad_scale=torch.tensor(3.0))
+        for (_, p), values in zip(named, want, strict=True):
+            state = opt.state[p]
+            for got, value in zip((p, state["exp_avg"], state["exp_avg_sq"]), values, strict=True):
+                assert torch.equal(got, value)
+
+
 # Small moments
 
 
