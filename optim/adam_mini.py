@@ -7,26 +7,16 @@ form of the official package adam-mini 1.1.1; the blocks are those of `optim.par
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from optim.base import (
-    DeviceOptimizer,
-    Fused,
-    Half,
-    Params,
-    bias_correction,
-    work_dtype,
-    write_gated,
-)
+from optim.adam_like import AdamLike, Bucket, Plan
+from optim.base import Fused, Half, Params, bias_correction, work_dtype, write_gated
 from optim.checks import warn
 from optim.moments import block_amax, fp8_missing, fp8_scale, from_fp8, to_fp8
 from optim.partition import Partition, Rule, Segment, partition_parameters
-
-if TYPE_CHECKING:
-    from optim.kernels.mini_launch import MiniLaunch
 
 State = Literal["fp32", "bf16", "fp8"]
 
@@ -100,7 +90,7 @@ def _squares(g: Tensor) -> Tensor:
     return torch.linalg.vector_norm(g, dim=1).square()
 
 
-class AdamMini(DeviceOptimizer):
+class AdamMini(AdamLike):
     """Adam-mini over groups of parameters; the rule is `adam_mini_update`.
 
     Hand over names, by which the blocks are found: `AdamMini(model.named_parameters(),
@@ -178,9 +168,6 @@ class AdamMini(DeviceOptimizer):
 
     # State
 
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
     def _new_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
         if param not in self._segments:
             parts = self._parts(group, warn=True)
@@ -228,41 +215,25 @@ class AdamMini(DeviceOptimizer):
     ) -> list[Tensor]:
         from optim.kernels.mini_launch import mini_numbers
 
-        plans = self.__dict__.setdefault("_plans", {})
-        key = (id(self.ema), *map(id, params))
-        if key not in plans:
-            plans[key] = self._plan(group, params)
-        buckets, rest = plans[key]
-        for some, names, launch in buckets:
-            rate = self.ema.begin_fused(names) if names else 1.0
+        plan = self._plan_of(group, params)
+        for bucket in plan.buckets:
+            rate = self.ema.begin_fused(bucket.names) if bucket.names else 1.0
             values = mini_numbers(group["betas"], group["weight_decay"], group["eps"], rate)
-            launch.run([p.grad.contiguous() for p in some], values, lr, grad_scale, found_inf)
-        return rest
+            grads = [p.grad.contiguous() for p in bucket.params]
+            bucket.launch.run(grads, values, lr, grad_scale, found_inf)
+        self._remember(group, plan, lr)
+        return plan.rest
 
-    def _plan(
-        self, group: dict[str, Any], params: list[Tensor]
-    ) -> tuple[list[tuple[list[Tensor], list[str], MiniLaunch]], list[Tensor]]:
-        """Buckets (parameters, names of their shadows, launch) and the parameters of none."""
+    def _plan(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
         from optim.kernels.mini_launch import MiniLaunch, supported
 
-        shadows = {} if self.ema is None else self.ema.fusable(params)
-        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
-        for p in params:
-            if supported(p):
-                kind = (p.dtype, self.state[p]["exp_avg"].dtype, p in shadows)
-                kinds.setdefault(kind, []).append(p)
         buckets = []
-        for (dtype, _, shadowed), some in kinds.items():
-            stochastic = group["half"] == "stochastic" and dtype == torch.bfloat16
-            launch = MiniLaunch(
-                some,
-                [self.state[p] for p in some],
-                [self._segments[p] for p in some],
-                [shadows[p][1] for p in some] if shadowed else None,
-                [self._number(p) for p in some] if stochastic else None,
-            )
-            buckets.append((some, [shadows[p][0] for p in some] if shadowed else [], launch))
-        return buckets, [p for p in params if not supported(p)]
+        for some, names, shadows in self._split([p for p in params if supported(p)]):
+            states = [self.state[p] for p in some]
+            segments = [self._segments[p] for p in some]
+            launch = MiniLaunch(some, states, segments, shadows, self._seeds(group, some))
+            buckets.append(Bucket(some, names, launch))
+        return Plan(params, self.ema, buckets, [p for p in params if not supported(p)])
 
     def _update_one(
         self,

@@ -71,20 +71,6 @@ class EMA:
             optimizer.ema = self
         return self
 
-    def fusable(self, params: Iterable[Tensor]) -> dict[Tensor, tuple[str, Tensor]]:
-        """Name and shadow of those `params` whose shadow a kernel can move: float32, in the memory
-        order and on the device of its parameter."""
-        names = {id(p): name for name, p in self.params.items()}
-        found: dict[Tensor, tuple[str, Tensor]] = {}
-        for p in params:
-            shadow = self.shadow.get(names.get(id(p), ""))
-            if shadow is None:
-                continue
-            wanted = (torch.float32, p.stride(), p.device)
-            if (shadow.dtype, shadow.stride(), shadow.device) == wanted:
-                found[p] = (names[id(p)], shadow)
-        return found
-
     def begin_fused(self, names: Iterable[str]) -> float:
         """Note that a launch moves these shadows (the next `update` will not); returns the rate.
 

@@ -8,7 +8,6 @@ arXiv:2502.16982.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -236,7 +235,7 @@ class Muon(AdamLike):
             return super()._launch(group, params, lr, grad_scale, found_inf)
         from optim.kernels.muon_launch import Options
 
-        plan = self._plan_of(params, partial(self._plan_muon, group))
+        plan = self._plan_of(group, params)
         rows, safety = iterations(group["coefficients"], group["ns_steps"])
         for bucket in plan.buckets:
             rate = self.ema.begin_fused(bucket.names) if bucket.names else 1.0
@@ -249,11 +248,14 @@ class Muon(AdamLike):
         self._remember(group, plan, lr)
         return plan.rest
 
-    def _plan_muon(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
+    def _plan(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
+        if group["kind"] == "adam":
+            return super()._plan(group, params)
         from optim.kernels.muon_launch import MuonLaunch, supported
 
         pieces = _pieces(group)
-        taken = [p for p in params if supported(p, pieces[id(p)])]
+        # the kernels round to the nearest
+        taken = [p for p in params if self._wide(group, p) is p and supported(p, pieces[id(p)])]
         buckets = []
         for some, names, shadows in self._split(taken):
             own = [pieces[id(p)] for p in some]

@@ -76,7 +76,9 @@ def reference(make: Callable[[Named], DeviceOptimizer]) -> Callable[[Named], Run
                     state, lr = optimizer.state[p], group["lr"]
                     if group.get("kind") == "muon":
                         keys = ("momentum", "nesterov", "weight_decay", "scaling", "ns_steps")
-                        options = {k: group[k] for k in (*keys, "coefficients", "pieces")}
+                        options = {k: group[k] for k in (*keys, "coefficients")}
+                        pieces = dict(zip(group["params"], group["pieces"], strict=True))
+                        options["pieces"] = pieces[p]
                         new, m = muon_update(p, p.grad, state["momentum_buffer"], lr, **options)
                         p.copy_(new)
                         state["momentum_buffer"].copy_(m)

@@ -75,19 +75,19 @@ def _piece(
     return tl.sum(g * g), peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["addresses", "scale_ptr", "found_ptr"])
 def large_blocks_kernel(
+    addresses,
+    scale_ptr,
+    found_ptr,
     tiles,
     larges,
-    addresses,
     partials,
     peaks,
     tickets,
     next_scales,
     numbers,
     tensors,
-    scale_ptr,
-    found_ptr,
     GRAD: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     MOMENT: tl.constexpr,
@@ -274,11 +274,16 @@ def _tile(
         tl.store(ema_ptr + offsets, new_e, mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["addresses", "lr_ptr", "scale_ptr", "found_ptr"],
+)
 def adam_mini_kernel(
+    addresses,
+    lr_ptr,
+    scale_ptr,
+    found_ptr,
     tiles,
     larges,
-    addresses,
     counts,
     tickets,
     large_tickets,
@@ -287,9 +292,6 @@ def adam_mini_kernel(
     seeds,
     numbers,
     tensors,
-    lr_ptr,
-    scale_ptr,
-    found_ptr,
     PARAM: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     MOMENT: tl.constexpr,

@@ -8,11 +8,23 @@ the same by the conversion instructions of compute capability 8.9 and up.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-ELEMENTS = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.uint16, "fp8": tl.uint8,
-            "fp8_cvt": tl.uint8}  # fmt: skip
+FORMATS = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    getattr(torch, "float8_e4m3fn", torch.uint8): "fp8",
+}
+ELEMENTS = {
+    "fp32": tl.float32,
+    "fp16": tl.float16,
+    "bf16": tl.uint16,
+    "fp8": tl.uint8,
+    "fp8_cvt": tl.uint8,
+}
 
 
 @triton.jit

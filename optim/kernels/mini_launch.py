@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim.kernels.adam_mini import adam_mini_kernel, large_blocks_kernel
-from optim.kernels.formats import ELEMENTS
+from optim.kernels.formats import ELEMENTS, FORMATS
+from optim.kernels.launcher import Launcher
 from optim.kernels.mini_tiles import MiniTiles
-from optim.kernels.table import TensorTable
+from optim.kernels.table import TensorTable, addresses_of
 from optim.kernels.tiles import mini_tile_for
 from optim.partition import Segment
 
-FORMATS = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    getattr(torch, "float8_e4m3fn", torch.uint8): "fp8",
-}
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,19 +55,22 @@ class MiniLaunch:
         seeds: Sequence[int] | None = None,
     ) -> None:
         self.params, self.shadows = list(params), list(shadows or ())
-        self.states = [dict(s) for s in states]
+        self.states = [dict(s) for s in states]  # whose addresses are noted here
         device, n = self.params[0].device, len(self.params)
+        self.param = FORMATS[self.params[0].dtype]
         self.moment = FORMATS[states[0]["exp_avg"].dtype]
-        self.scaled = self.moment == "fp8"
+        self.scaled, self.has_master = self.moment == "fp8", "master" in states[0]
         if self.scaled and device.type == "cuda":  # an older GPU keeps no e4m3
             self.moment = "fp8_cvt"
-        self.has_master = "master" in states[0]
-        # columns after the gradients; what there is not repeats the moments
-        names = ["exp_avg", "exp_avg_sq", "step", "master" if self.has_master else "exp_avg"]
-        fixed = [[s[name] for s in states] for name in names]
-        fixed.append(self.shadows or fixed[0])
-        fixed.append([s["exp_avg_scale" if self.scaled else "exp_avg"] for s in states])
-        self.fixed = [t.data_ptr() for column in fixed for t in column]
+        # columns after parameters and gradients; what there is not repeats the moments
+        moments = [s["exp_avg"] for s in states]
+        columns = [moments, [s["exp_avg_sq"] for s in states], [s["step"] for s in states]]
+        columns.append([s["master"] for s in states] if self.has_master else moments)
+        columns.append(self.shadows or moments)
+        columns.append([s["exp_avg_scale"] for s in states] if self.scaled else moments)
+        self.fixed = addresses_of([t for column in columns for t in column])
+        vectors = self.fixed[:n] + self.fixed[3 * n : 5 * n]  # read in runs of 16 bytes
+        self.fixed_aligned = not any(x % 16 for x in vectors)
         self.tile = mini_tile_for(device)
         self.cut = MiniTiles(segments, self.tile.block, self.tile.widest, device)
         self.table = TensorTable([0] * n, self.tile.block, device)
@@ -85,8 +84,9 @@ class MiniLaunch:
         self.stochastic = seeds is not None
         self.numbers = torch.zeros(8, dtype=torch.float64, device=device)
         self.known: tuple[float, ...] | None = None
-        self.flat: list[int] = []
+        self.pointers: tuple[int, ...] = ()
         self.aligned = False
+        self.launchers: dict[tuple[bool, ...], tuple[Launcher | None, Launcher]] = {}
 
     def run(
         self,
@@ -107,68 +107,74 @@ class MiniLaunch:
         """
         if values != self.known:
             self._set_numbers(values)
-        flat = [p.data_ptr() for p in self.params]
-        flat += [g.data_ptr() for g in grads]
-        flat += self.fixed
-        if flat != self.flat:
-            self.flat, n = flat, len(self.params)
-            vectors = flat[: 3 * n] + flat[5 * n : 7 * n]  # not the second moments and steps
-            self.aligned = not any(x % 16 for x in vectors)
-        addresses, cut, n = self.table.addresses(flat), self.cut, len(self.params)
-        param = FORMATS[self.params[0].dtype]
-        options = {
-            "MOMENT": self.moment,
-            "SCALED": self.scaled,
-            "HAS_SCALE": grad_scale is not None,
-            "HAS_FOUND": found_inf is not None,
-            "ALIGNED": self.aligned,
-            "TILE": self.tile.block,
-            "num_warps": self.tile.warps,
-            "enable_fp_fusion": True,
-        }
+        self.repeat(addresses_of(self.params) + addresses_of(grads), lr, grad_scale, found_inf)
+
+    def repeat(
+        self,
+        pointers: tuple[int, ...],
+        lr: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """`run` with the values of the last time; `pointers` of all parameters, then gradients."""
+        if pointers != self.pointers:
+            self.pointers = pointers
+            self.aligned = self.fixed_aligned and not any(x % 16 for x in pointers)
+        addresses = self.table.addresses(pointers + self.fixed)
+        key = (grad_scale is not None, found_inf is not None, self.aligned)
+        if key not in self.launchers:
+            self.launchers[key] = self._launchers(*key)
+        first, second = self.launchers[key]
         scale = lr if grad_scale is None else grad_scale
         found = lr if found_inf is None else found_inf
-        if cut.large_programs:
-            large_blocks_kernel[(cut.large_programs,)](
-                cut.tiles,
-                cut.larges,
-                addresses,
-                self.partials[0],
-                self.partials[1],
-                self.large_tickets,
-                self.next_scales,
-                self.numbers,
-                n,
-                scale,
-                found,
-                GRAD=param,
-                GRAD_DTYPE=ELEMENTS[param],
-                **options,
-            )
-        adam_mini_kernel[(cut.programs,)](
-            cut.tiles,
-            cut.larges,
-            addresses,
-            cut.counts,
-            self.tickets,
-            self.large_tickets,
-            self.ready,
-            self.next_scales,
-            self.seeds,
-            self.numbers,
-            n,
-            lr,
-            scale,
-            found,
-            PARAM=param,
-            PARAM_DTYPE=ELEMENTS[param],
-            MOMENT_DTYPE=ELEMENTS[self.moment],
-            HAS_MASTER=self.has_master,
-            HAS_EMA=bool(self.shadows),
-            STOCHASTIC=self.stochastic,
-            SHAPES=cut.shapes,
-            **options,
-        )
+        if first is not None:
+            first(addresses, scale, found)
+        second(addresses, lr, scale, found)
+
+    def _launchers(
+        self, has_scale: bool, has_found: bool, aligned: bool
+    ) -> tuple[Launcher | None, Launcher]:
+        """Of `large_blocks_kernel`, where there are any, and of `adam_mini_kernel`."""
+        cut, device = self.cut, self.numbers.device
+        flags = {"MOMENT": self.moment, "SCALED": self.scaled, "HAS_SCALE": has_scale}
+        flags |= {"HAS_FOUND": has_found, "ALIGNED": aligned, "TILE": self.tile.block}
+        options = {"num_warps": self.tile.warps, "enable_fp_fusion": True}
+        fixed = {
+            "tiles": cut.tiles,
+            "larges": cut.larges,
+            "partials": self.partials[0],
+            "peaks": self.partials[1],
+            "tickets": self.large_tickets,
+            "next_scales": self.next_scales,
+            "numbers": self.numbers,
+            "tensors": len(self.params),
+            "GRAD": self.param,
+            "GRAD_DTYPE": ELEMENTS[self.param],
+        }
+        fixed = _in_order(large_blocks_kernel, fixed | flags)
+        first = Launcher(large_blocks_kernel, (cut.large_programs,), device, fixed, **options)
+        fixed = {
+            "tiles": cut.tiles,
+            "larges": cut.larges,
+            "counts": cut.counts,
+            "tickets": self.tickets,
+            "large_tickets": self.large_tickets,
+            "ready": self.ready,
+            "next_scales": self.next_scales,
+            "seeds": self.seeds,
+            "numbers": self.numbers,
+            "tensors": len(self.params),
+            "PARAM": self.param,
+            "PARAM_DTYPE": ELEMENTS[self.param],
+            "MOMENT_DTYPE": ELEMENTS[self.moment],
+            "HAS_MASTER": self.has_master,
+            "HAS_EMA": bool(self.shadows),
+            "STOCHASTIC": self.stochastic,
+            "SHAPES": cut.shapes,
+        }
+        fixed = _in_order(adam_mini_kernel, fixed | flags)
+        second = Launcher(adam_mini_kernel, (cut.programs,), device, fixed, **options)
+        return (first if cut.large_programs else None), second
 
     def _set_numbers(self, values: tuple[float, ...]) -> None:
         """Upload the numbers; the bias corrections that the kernel keeps belong to the old ones."""
@@ -179,3 +185,8 @@ class MiniLaunch:
         self.numbers.copy_(host, non_blocking=True)
         self.ready.zero_()
         self.known = values
+
+
+def _in_order(kernel: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that do not change, in the order of the kernel."""
+    return {name: values[name] for name in kernel.arg_names if name in values}

@@ -25,7 +25,7 @@ def run(*arguments, **environment):
 
 
 slow = pytest.mark.slow
-FEW = "options2 or norm or special or shadow or sparse"
+FEW = "options2 or norm or special or shadow or sparse or (half and ATan2)"
 
 
 @pytest.mark.parametrize("some", [FEW, pytest.param(f"not ({FEW})", marks=slow)])

@@ -30,7 +30,8 @@ def alone(opt, group, p, grad):
     state, lr = opt.state[p], group["lr"]
     step = state["step"] + 1
     if group.get("kind") == "muon":
-        return muon_update(p, grad, state["momentum_buffer"], lr, pieces=group["pieces"])
+        pieces = dict(zip(group["params"], group["pieces"], strict=True))[p]
+        return muon_update(p, grad, state["momentum_buffer"], lr, pieces=pieces)
     moments = (state["exp_avg"], state["exp_avg_sq"], step, lr)
     if isinstance(opt, AdamMini):
         return adam_mini_update(p, grad, *moments, segments=opt.segments(p))
