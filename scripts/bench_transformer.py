@@ -1,6 +1,6 @@
 """Train a small Transformer with each optimizer, in turn: seconds, peak memory, loss.
 
-    python scripts/bench_transformer.py [--steps 1000] [--runs 5] [--out FILE.json]
+    python scripts/bench_transformer.py [--steps 1000] [--runs 5] [--only REGEX] [--out FILE]
 
 Embedding 1024×512, 2 layers of 8 heads, MLP 2048, batch 8×64, float32; next-token prediction of a
 fixed random Markov chain. Runs are interleaved, times are medians.
@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -152,11 +153,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--only", default="", help="regular expression over the names")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    data, table = batches(args.steps, args.device), contenders()
+    data = batches(args.steps, args.device)
+    table = {name: make for name, make in contenders().items() if re.search(args.only, name)}
     results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in table}
     for _ in range(args.runs):
         for name, factory in table.items():
