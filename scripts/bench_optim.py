@@ -19,6 +19,7 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,11 +30,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from optim import EMA, AdamATan2, AdamW, Muon, SparseSignSGD
+from optim import EMA, AdamATan2, AdamMini, AdamW, Muon, SparseSignSGD
 
 Step = Callable[[], Any]
 SETS = ["trm7m", "single", "sparse", "gpt350m"]
 LR, MAX_NORM, RATE = 1e-4, 1.0, 0.999
+HEAD = 64
+MINI_BYTES = {"fp32": 20, "bf16": 16, "fp8": 14}  # per parameter that a step must move
 
 
 def shapes_of(name: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -51,6 +54,20 @@ def shapes_of(name: str) -> list[tuple[str, tuple[int, ...]]]:
     layer |= {"fc": (4096, 1024), "down": (1024, 4096)}
     shapes = [(f"blocks.{i}.{k}.weight", s) for i in range(24) for k, s in layer.items()]
     return [*shapes, ("embed", (50304, 1024)), ("ln_f", (1024,))]
+
+
+def heads_of(named: list[tuple[str, Tensor]]) -> int:
+    """Attention heads of 64 of a model of this width."""
+    return max(1, min(p.shape[-1] for _, p in named if p.ndim > 1) // HEAD)
+
+
+def official_name(name: str) -> str:
+    """The name by which adam-mini finds blocks of about the same kind."""
+    known = {"qkv": "wq", "out": "wo", "proj": "wo", "tokens": "embed", "q_head": "output"}
+    parts = name.split(".")
+    for ours in ("gate_up", "down", "fc"):
+        known[ours] = "mlp"
+    return ".".join(known.get(part, part) for part in parts)
 
 
 def make_params(name: str, device: str) -> list[tuple[str, Tensor]]:
@@ -71,6 +88,11 @@ def contenders(device: str) -> dict[str, tuple[Callable[[list[tuple[str, Tensor]
 
     def ours(cls: type, fused: str) -> Callable[[list[tuple[str, Tensor]]], Step]:
         return lambda named: cls(named, LR, fused=fused).step
+
+    def mini(state: str) -> Callable[[list[tuple[str, Tensor]]], Step]:
+        return lambda named: (
+            AdamMini(named, LR, num_heads=heads_of(named), state=state, fused="auto").step
+        )
 
     def theirs(**kind: bool) -> Callable[[list[tuple[str, Tensor]]], Step]:
         options = {**both, **kind, "capturable": cuda}
@@ -114,6 +136,7 @@ def contenders(device: str) -> dict[str, tuple[Callable[[list[tuple[str, Tensor]
         "clip + AdamATan2 + EMA: ours": (all_in_one(AdamATan2), 40),
         "clip + AdamW + EMA: torch": (peers_in_turn, 40),
         "ours Muon": (ours(Muon, "auto"), 20),
+        **{f"ours AdamMini {s}": (mini(s), size) for s, size in MINI_BYTES.items()},
     }
     if find_spec("adam_atan2_pytorch"):
         from adam_atan2_pytorch import AdamAtan2
@@ -125,10 +148,13 @@ def contenders(device: str) -> dict[str, tuple[Callable[[list[tuple[str, Tensor]
     if find_spec("adam_mini"):
         from adam_mini import Adam_mini
 
-        table["adam-mini, official"] = (
-            lambda named: Adam_mini(named_parameters=named, lr=LR, dim=512, n_heads=8).step,
-            20,
-        )
+        def official(named: list[tuple[str, Tensor]]) -> Step:
+            heads = heads_of(named)
+            named = [(official_name(n), p) for n, p in named]
+            options = {"dim": heads * HEAD, "n_heads": heads, "verbose": False, **both}
+            return Adam_mini(named, **options).step
+
+        table["adam-mini, official"] = (official, 20)
     return table
 
 
@@ -291,6 +317,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few repeats, a tiny set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", "no rule of optim.partition")
     sets = args.sets or (["tiny", "sparse"] if args.quick else SETS)
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads; ms per step")
