@@ -67,7 +67,7 @@ def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype, he
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, backend: str) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v by one of the resolved backends."""
-    return _BACKENDS[backend](q, k, v, causal)
+    return BACKENDS[backend](q, k, v, causal)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -108,4 +108,4 @@ def _fa2(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return _flash(PACKAGES["fa2"], q, k, v, causal)
 
 
-_BACKENDS = {"fa3": _fa3, "fa2": _fa2, "sdpa": _sdpa, "math": _math}
+BACKENDS = {"fa3": _fa3, "fa2": _fa2, "sdpa": _sdpa, "math": _math}

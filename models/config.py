@@ -144,8 +144,10 @@ class ReasoningConfig(BaseModel):
             check_installed(self.attention_backend)
 
     def portable(self) -> ReasoningConfig:
-        """The same model, with every choice that depends on the machine left open."""
-        return self.model_copy(update={"attention_backend": "auto", "fp8": False})
+        """The same model, without what only some machines have."""
+        everywhere = self.attention_backend in ("sdpa", "math")
+        backend = self.attention_backend if everywhere else "auto"
+        return self.model_copy(update={"attention_backend": backend, "fp8": False})
 
     # What an architecture is
 

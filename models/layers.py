@@ -7,6 +7,7 @@ Shape suffixes: B batch, L tokens, H heads, D features.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,10 +61,60 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """The backward pass out of the result: dx = (dy - y mean(dy y)) / rms."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        wide = x.to(norm_dtype(x.dtype))
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        out = (wide * inverse).to(x.dtype)
+        ctx.save_for_backward(out, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out, inverse = ctx.saved_tensors
+        out, wide = out.to(inverse.dtype), grad.to(inverse.dtype)
+        along = (wide * out).mean(-1, keepdim=True)
+        return torch.addcmul(wide, out, along, value=-1).mul_(inverse).to(grad.dtype), None
+
+
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x², last dimension) + eps), without a gain (Zhang & Sennrich 2019)."""
-    wide = x.to(norm_dtype(x.dtype))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if torch.compiler.is_compiling():  # which fuses this, and derives it, by itself
+        wide = x.to(norm_dtype(x.dtype))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return _RMSNorm.apply(x, eps)
+
+
+class _GatedSiLU(torch.autograd.Function):
+    """The backward pass writes both gradients where they belong, side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        ctx.save_for_backward(gate_up, silu)
+        return silu * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        gate_up, silu = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        dgate, dup = out.chunk(2, dim=-1)
+        torch.mul(grad, silu, out=dup)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=dgate)
+        return out
+
+
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """silu(gate) ⊙ up of gate_up (..., 2 I) = [gate | up] → (..., I)."""
+    if torch.compiler.is_compiling():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return _GatedSiLU.apply(gate_up)
 
 
 class SwiGLU(nn.Module):
@@ -93,11 +144,10 @@ class SwiGLU(nn.Module):
         excess = -features % 8 if x.is_cuda else 0
         if excess:  # rows of 16 bytes: unaligned products run at a third of the speed
             gate_up = F.pad(self.gate_up.weight.to(x.dtype), (0, excess))
-            gate, up = F.linear(F.pad(x, (0, excess)), gate_up).chunk(2, dim=-1)
+            h = gated_silu(F.linear(F.pad(x, (0, excess)), gate_up))
             down = F.pad(self.down.weight.to(x.dtype), (0, 0, 0, excess))
-            return F.linear(F.silu(gate) * up, down)[..., :features]
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+            return F.linear(h, down)[..., :features]
+        return self.down(gated_silu(self.gate_up(x)))
 
 
 class DepthwiseConv(nn.Module):

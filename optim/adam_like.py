@@ -19,6 +19,7 @@ from optim.kernels.table import addresses_of, same_objects
 if TYPE_CHECKING:
     from optim.ema import EMA
     from optim.kernels.launch import AdamLaunch
+    from optim.kernels.mini_launch import MiniLaunch
     from optim.kernels.muon_launch import MuonLaunch
 
 _NO_OPTIONS = ("params", "lr", "param_names")
@@ -30,7 +31,7 @@ class Bucket:
 
     params: list[Tensor]
     names: frozenset[str]
-    launch: AdamLaunch | MuonLaunch
+    launch: AdamLaunch | MiniLaunch | MuonLaunch
 
     def __post_init__(self) -> None:
         self.dtypes = [p.dtype for p in self.params]
@@ -137,7 +138,7 @@ class AdamLike(DeviceOptimizer):
     ) -> list[Tensor]:
         from optim.kernels.launch import numbers
 
-        plan = self._plan_of(params, self._plan)
+        plan = self._plan_of(group, params)
         rule, extra = self._kernel_rule(group)
         for bucket in plan.buckets:
             if bucket.names:
@@ -148,13 +149,17 @@ class AdamLike(DeviceOptimizer):
         self._remember(group, plan, lr)
         return plan.rest
 
-    def _plan_of(self, params: list[Tensor], make: Callable[[list[Tensor]], Plan]) -> Plan:
+    def _plan_of(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
         """The plan of these parameters, made where there is none or it does not hold any more."""
-        plans: dict[tuple[int, ...], Plan] = self.__dict__.setdefault("_plans", {})
-        key = tuple(map(id, params))
+        plans: dict[tuple[Any, ...], Plan] = self.__dict__.setdefault("_plans", {})
+        key = (*self._plan_options(group), *map(id, params))
         if key not in plans or not plans[key].holds(self.ema):
-            plans[key] = make(params)
+            plans[key] = self._plan(group, params)
         return plans[key]
+
+    def _plan_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """Options of a group that a plan depends on."""
+        return (group.get("half"),)
 
     def _remember(self, group: dict[str, Any], plan: Plan, lr: Tensor) -> None:
         """Let `_ready` repeat this step, if all of the group's gradients were in it."""
@@ -178,15 +183,22 @@ class AdamLike(DeviceOptimizer):
             )
             last[index] = Last(group, *fixed)
 
-    def _plan(self, params: list[Tensor]) -> Plan:
+    def _plan(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
         """The buckets that one launch each takes, and the rest."""
         from optim.kernels.launch import AdamLaunch, supported
 
-        buckets = [
-            Bucket(some, names, AdamLaunch(some, [self.state[p] for p in some], shadows))
-            for some, names, shadows in self._split([p for p in params if supported(p)])
-        ]
+        buckets = []
+        for some, names, shadows in self._split([p for p in params if supported(p)]):
+            states = [self.state[p] for p in some]
+            launch = AdamLaunch(some, states, shadows, self._seeds(group, some))
+            buckets.append(Bucket(some, names, launch))
         return Plan(params, self.ema, buckets, [p for p in params if not supported(p)])
+
+    def _seeds(self, group: dict[str, Any], params: list[Tensor]) -> list[int] | None:
+        """Numbers for stochastic rounding, where the group asks for it and the dtype allows it."""
+        if group.get("half") != "stochastic" or params[0].dtype != torch.bfloat16:
+            return None
+        return [self._number(p) for p in params]
 
     def _split(
         self, params: list[Tensor]

@@ -15,11 +15,13 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from optim.checks import check_grad, check_lr, check_options, check_param, match_groups
 from optim.clip import clip_scale, global_grad_norm
 from optim.kernels import available
+from optim.rounding import stochastic_round
 
 if TYPE_CHECKING:
     from optim.ema import EMA
 
 Fused = Literal["off", "auto", "on"]
+Half = Literal["nearest", "stochastic", "master"]
 GroupStep = Callable[[Tensor | None, Tensor | None], None]  # of grad_scale, found_inf
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -35,9 +37,9 @@ def bias_correction(step: Tensor, beta: float) -> Tensor:
     Written as `-expm1(step * log(beta))`, which loses no digits to the subtraction: the relative
     error is that of the product, at any step and for any beta.
     """
-    if beta == 0.0:
-        return torch.ones_like(step)
     dtype = torch.float32 if step.device.type == "mps" else torch.float64
+    if beta == 0.0:
+        return torch.ones_like(step, dtype=dtype)
     return -torch.expm1(step.to(dtype) * math.log(beta))
 
 
@@ -49,6 +51,9 @@ class DeviceOptimizer(torch.optim.Optimizer):
     * `group["lr"]` takes a float or a tensor at any time; its value is copied into the group's own
       tensor (float64 on the CPU or beside float64 parameters, else float32). `set_lr` does so
       at once; with a captured step, use that.
+    * A group's `half` says how float16 and bfloat16 parameters take an update: rounded to the
+      "nearest"; rounded up or down by chance ("stochastic", bfloat16 only; a function of the
+      step, so runs repeat); or as a copy of a float32 "master" in the state.
     * A subclass names its moments and implements `_rule`, the pure update of one parameter. What
       is here applies that rule in place; `_update` may be overridden with something faster.
 
@@ -111,7 +116,13 @@ class DeviceOptimizer(torch.optim.Optimizer):
             state[name] = torch.zeros_like(
                 param, dtype=work_dtype(param.dtype), requires_grad=False
             ).detach()
-        return state
+        return state | self._master(group, param)
+
+    def _master(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+        """The float32 copy of a half-precision parameter, where the group asks for one."""
+        if group.get("half") != "master" or param.dtype == work_dtype(param.dtype):
+            return {}
+        return {"master": param.detach().float()}
 
     def _own_lr(self, group: dict[str, Any]) -> Tensor:
         """Make `group["lr"]` a tensor that belongs to this group alone; returns it."""
@@ -317,9 +328,34 @@ class DeviceOptimizer(torch.optim.Optimizer):
         grad = grad if grad_scale is None else grad / grad_scale
         if self.counts_steps:
             state["step"] += 1 if found_inf is None else ~found_inf
-        new = self._rule(group, p, grad, state, lr)
-        for old, value in zip((p, *(state[m] for m in self._moments(group))), new, strict=True):
-            old.copy_(value if found_inf is None else torch.where(found_inf, old, value))
+        new = self._rule(group, self._wide(group, p), grad, state, lr)
+        writes = self._narrow(group, p, new[0])
+        writes += zip((state[m] for m in self._moments(group)), new[1:], strict=True)
+        write_gated(writes, found_inf)
+
+    def _wide(self, group: dict[str, Any], p: Tensor) -> Tensor:
+        """What an update starts from: `p`, its master, or `p` in float32 to be rounded later."""
+        stochastic = group.get("half") == "stochastic" and p.dtype == torch.bfloat16
+        return self.state[p].get("master", p.float() if stochastic else p)
+
+    def _narrow(self, group: dict[str, Any], p: Tensor, new: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What is to be written for `new`, an update of what `_wide` gave: (target, value) pairs.
+
+        Called when the step has been counted.
+        """
+        if "master" in self.state[p]:
+            return [(self.state[p]["master"], new), (p, new.to(p.dtype))]
+        if new.dtype != p.dtype:
+            new = stochastic_round(new, self._number(p), self.state[p]["step"])
+        return [(p, new)]
+
+    def _number(self, p: Tensor) -> int:
+        """The place of a parameter among all of this optimizer: the seed of its noise."""
+        numbers = self.__dict__.setdefault("_numbers", {})
+        if p not in numbers:
+            every = (q for g in self.param_groups for q in g["params"])
+            numbers.update({q: i for i, q in enumerate(every)})
+        return numbers[p]
 
     def _rule(
         self,
@@ -358,6 +394,12 @@ class DeviceOptimizer(torch.optim.Optimizer):
         self._sync_lr()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+
+def write_gated(writes: Iterable[tuple[Tensor, Tensor]], found_inf: Tensor | None) -> None:
+    """Copy each value into its target; where `found_inf` is true every bit stays."""
+    for target, value in writes:
+        target.copy_(value if found_inf is None else torch.where(found_inf, target, value))
 
 
 def _observed(optimizer: torch.optim.Optimizer) -> bool:

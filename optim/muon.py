@@ -8,7 +8,6 @@ arXiv:2502.16982.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from optim.adam_atan2 import adam_atan2_update
 from optim.adam_like import AdamLike, Bucket, Plan, same_order
 from optim.adamw import adamw_update
-from optim.base import Fused, Params, work_dtype
+from optim.base import Fused, Half, Params, work_dtype, write_gated
 from optim.orthogonal import COEFFICIENTS, Coefficients, iterations, newton_schulz
 from optim.partition import partition_parameters
 
@@ -77,7 +76,7 @@ def muon_update(
     m = momentum_buffer * momentum + g
     u = g + momentum * m if nesterov else m
     u = u.reshape(pieces, -1, param.shape[1])
-    o = newton_schulz(u, ns_steps, coefficients=coefficients)
+    o = newton_schulz(u, ns_steps, coefficients=coefficients, fused="off")
     size = lr * update_scale(*u.shape[1:], scaling)
     p = p * (1.0 - lr * weight_decay) - size * o.to(dtype).reshape(param.shape)
     return p.to(param.dtype), m
@@ -107,6 +106,7 @@ class Muon(AdamLike):
         betas: its decay rates.
         eps: of "adamw".
         fused: of the rest, see DeviceOptimizer.
+        half: see DeviceOptimizer.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class Muon(AdamLike):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         fused: Fused | None = None,
+        half: Half = "nearest",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -139,6 +140,7 @@ class Muon(AdamLike):
             "adam_lr_scale": adam_lr_scale,
             "betas": tuple(betas),
             "eps": eps,
+            "half": half,
         }
         super().__init__(params, defaults, fused)
 
@@ -156,7 +158,7 @@ class Muon(AdamLike):
         # What is no tensor, or appears twice, is named by the check of the base class.
         sound = all(isinstance(p, Tensor) for _, p in named)
         sound = sound and len({id(p) for _, p in named}) == len(named)
-        parts = partition_parameters(named) if sound else []
+        parts = partition_parameters(named, warn=False) if sound else []
         for item, part in zip(items, parts, strict=False):
             muon = part.role not in _TO_ADAM and part.param.ndim == 2
             groups.setdefault("muon" if muon else "adam", []).append(item)
@@ -233,7 +235,7 @@ class Muon(AdamLike):
             return super()._launch(group, params, lr, grad_scale, found_inf)
         from optim.kernels.muon_launch import Options
 
-        plan = self._plan_of(params, partial(self._plan_muon, group))
+        plan = self._plan_of(group, params)
         rows, safety = iterations(group["coefficients"], group["ns_steps"])
         for bucket in plan.buckets:
             rate = self.ema.begin_fused(bucket.names) if bucket.names else 1.0
@@ -246,11 +248,18 @@ class Muon(AdamLike):
         self._remember(group, plan, lr)
         return plan.rest
 
-    def _plan_muon(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
+    def _plan_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        pieces = tuple(group["pieces"] or ())
+        return (*super()._plan_options(group), group["scaling"], pieces)
+
+    def _plan(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
+        if group["kind"] == "adam":
+            return super()._plan(group, params)
         from optim.kernels.muon_launch import MuonLaunch, supported
 
         pieces = _pieces(group)
-        taken = [p for p in params if supported(p, pieces[id(p)])]
+        # the kernels round to the nearest
+        taken = [p for p in params if self._wide(group, p) is p and supported(p, pieces[id(p)])]
         buckets = []
         for some, names, shadows in self._split(taken):
             own = [pieces[id(p)] for p in some]
@@ -329,14 +338,20 @@ class Muon(AdamLike):
         """Orthogonalize matrices of one shape (or its transpose) as one batch; update `params`."""
         pieces = [_pieces(group)[id(p)] for p in params]
         stacks = [u.reshape(n, -1, u.shape[1]) for n, u in zip(pieces, ahead, strict=True)]
-        wide = [s.shape[1] <= s.shape[2] for s in stacks]
-        x = torch.cat([s if w else s.mT for s, w in zip(stacks, wide, strict=True)])
-        x = newton_schulz(x, group["ns_steps"], coefficients=group["coefficients"])
-        for p, w, s, o in zip(params, wide, stacks, x.split(pieces), strict=True):
+        lying = [s.shape[1] <= s.shape[2] for s in stacks]
+        x = torch.cat([s if w else s.mT for s, w in zip(stacks, lying, strict=True)])
+        x = newton_schulz(
+            x,
+            group["ns_steps"],
+            coefficients=group["coefficients"],
+            fused="off" if self.fused == "off" else "auto",
+        )
+        for p, w, s, o in zip(params, lying, stacks, x.split(pieces), strict=True):
             o = (o if w else o.mT).reshape(p.shape).to(s.dtype)
             size = lr * update_scale(*s.shape[1:], group["scaling"])
-            new = (p.to(s.dtype) * (1.0 - lr * group["weight_decay"]) - size * o).to(p.dtype)
-            p.copy_(new if found_inf is None else torch.where(found_inf, p, new))
+            wide = self._wide(group, p)
+            new = (wide.to(s.dtype) * (1.0 - lr * group["weight_decay"]) - size * o).to(wide.dtype)
+            write_gated(self._narrow(group, p, new), found_inf)
 
 
 def _pieces(group: dict[str, Any]) -> dict[int, int]:

@@ -20,6 +20,7 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few repeats, a tiny set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", "no rule of optim.partition")
     sets = args.sets or (["tiny", "sparse"] if args.quick else SETS)
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads; ms per step")

@@ -1,13 +1,16 @@
 """Time the training step of the configurations that the peers were measured on.
 
-    python scripts/bench_train.py [CONFIG …] [--set KEY=VALUE …] [--profile FILE] [--out FILE.json]
-    python scripts/bench_train.py small --variants        # what each fusion is worth
+    python scripts/bench_train.py [CONFIG …] [--set KEY=VALUE …] [--out FILE.json]
+    python scripts/bench_train.py attention --variants     # what each fusion is worth
+    python scripts/bench_train.py mlp --profile FOLDER     # a trace, and the costliest kernels
+    python scripts/bench_train.py mlp --cold               # start-up with empty compile caches
 
 Every configuration is a whole training step as `pretrain.py` takes it: batch, ACT step, loss,
-backward, clipping if configured, optimizer, sparse embeddings, EMA, metrics. Data are random
-tokens. Step times are medians and minima over single steps (events on a GPU). FLOPs count the
-matrix products of the model and of attention, once forward without gradient, three times with;
-utilization is against a bf16 product of 8192³ measured in the same run.
+backward, optimizer, sparse embeddings, EMA, metrics. Data are random tokens. Step times are
+medians and minima over single steps (events on a GPU). FLOPs count the matrix products of the
+model and of attention, once forward without gradient, three times with; utilization is against a
+bf16 product of 8192³ measured in the same run. `first` is the time from the finished state to the
+end of the second step: compilation, warm-up, capture.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -29,14 +33,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.puzzles import DatasetInfo, PuzzleDataset, PuzzleSet
+from models import kernels
 from training.cli import compose_values
 from training.config import RunConfig, validate
 from training.device import choose_device, prepare_execution, set_determinism
 from training.resolve import ResolvedRun, World, dims_of
+from training.speed import step_flops
 from training.state import TrainState
 from training.step import train_step
 
-SUDOKU = ("data=sudoku", "experiment=plain", "grad_clip_norm=0", "optim=adamw")
+COMMON = ("data=sudoku", "experiment=plain", "grad_clip_norm=0", "optim=adamw", "data.num_aug=0")
+VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name → switched off, overrides
+    "all": ((), ()),
+    "no fused mixer": (("mixer",), ()),
+    "no fused attention": (("attention",), ()),
+    "no fused SwiGLU": (("swiglu",), ()),
+    "no kernels": (kernels.OPERATIONS, ()),
+    "no CUDA graph": ((), ("cuda_graph=off",)),
+    "no compilation": ((), ("compile=off",)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +69,8 @@ SETTINGS = {
     "attention": Setting(("arch=trm", "global_batch_size=768"), 81, 11),
     "maze": Setting(("arch=trm", "arch.L_cycles=4", "global_batch_size=192"), 900, 6),
     "arc": Setting(("arch=trm", "arch.L_cycles=4", "global_batch_size=192"), 900, 12, 876_406),
+    "hrm": Setting(("arch=hrm", "global_batch_size=768"), 81, 11),
+    "urm": Setting(("arch=urm", "global_batch_size=768"), 81, 11),
     "small": Setting(
         ("arch=trm", "arch.hidden_size=128", "arch.num_heads=4", "arch.H_cycles=2",
          "arch.L_cycles=2", "arch.puzzle_emb_len=4", "arch.puzzle_emb_ndim=512",
@@ -80,7 +97,7 @@ def random_dataset(setting: Setting, rows: int = 4096) -> PuzzleDataset:
 def build(name: str, overrides: list[str], device: torch.device) -> tuple[TrainState, ResolvedRun]:
     """The training state of a configuration on random data."""
     setting = SETTINGS[name]
-    overrides = [*SUDOKU, *setting.overrides, "data.num_aug=0", *overrides]
+    overrides = [*COMMON, *setting.overrides, *overrides]
     config: RunConfig = validate(RunConfig, compose_values("cfg_pretrain", overrides))
     dataset = random_dataset(setting)
     info = DatasetInfo(
@@ -139,7 +156,9 @@ def product_rate(device: torch.device) -> float:
     return 2 * size**3 / ms / 1e9
 
 
-def bench(name: str, overrides: list[str], args: argparse.Namespace) -> dict[str, Any]:
+def bench(
+    name: str, overrides: list[str], args: argparse.Namespace, product: float
+) -> dict[str, Any]:
     """One row of the table."""
     device = choose_device(args.device)
     set_determinism(device)
@@ -157,40 +176,54 @@ def bench(name: str, overrides: list[str], args: argparse.Namespace) -> dict[str
     row: dict[str, Any] = {"config": name, "overrides": overrides, "first_s": first}
     row |= {"ms": statistics.median(times), "min_ms": min(times), "wall_ms": wall}
     row["examples_per_s"] = run.config.global_batch_size / row["wall_ms"] * 1e3
+    row["tflop"] = step_flops(run, device) / 1e12
+    row["utilization"] = row["tflop"] / row["ms"] * 1e3 / product
     if cuda:
         row["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    show(row)
     if args.profile:
-        profile(state, run, args.profile.with_suffix(f".{name}.txt"))
+        profile(state, run, args.profile, name)
     return row
 
 
-def profile(state: TrainState, run: ResolvedRun, path: Path) -> None:
-    """The costliest kernels of three steps, as a table, to `path` and the terminal."""
+def profile(state: TrainState, run: ResolvedRun, folder: Path, name: str) -> None:
+    """A trace of three steps in `folder`, and the ten costliest kernels on the terminal."""
+    cuda = state.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if state.device.type == "cuda":
+    if cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as prof:
         step_times(state, run, 3)
-    key = "self_device_time_total" if state.device.type == "cuda" else "self_cpu_time_total"
-    rows = sorted(prof.key_averages(), key=lambda e: -getattr(e, key))
-    lines = [
-        f"{getattr(e, key) / 3e3:9.3f} ms {e.count / 3:7.1f} x  {e.key[:110]}"
-        for e in rows[:30]
-        if getattr(e, key) > 0
-    ]
-    path.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    folder.mkdir(parents=True, exist_ok=True)
+    prof.export_chrome_trace(str(folder / f"{name}.json.gz"))
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    rows = [e for e in prof.key_averages() if e.device_type == kind]
+    rows.sort(key=lambda e: -getattr(e, key))
+    total = sum(getattr(e, key) for e in rows)
+    for e in rows[:10]:
+        spent = getattr(e, key)
+        print(f"  {spent / 3e3:9.3f} ms {spent / total:6.1%} {e.count / 3:7.1f} × "
+              f"{spent / e.count:9.1f} µs  {e.key[:90]}")  # fmt: skip
 
 
 def show(row: dict[str, Any]) -> None:
     """One line of the table."""
     print(
         f"{row['config']:10} {row['ms']:9.2f} ms (min {row['min_ms']:.2f}, wall "
-        f"{row['wall_ms']:.2f}) {row['examples_per_s']:10.0f} examples/s "
-        f"{row.get('peak_GiB', 0):6.2f} GiB  first two steps {row['first_s']:.1f} s  "
-        + " ".join(row["overrides"]),
+        f"{row['wall_ms']:.2f}) {row['examples_per_s']:8.0f} examples/s {row['tflop']:6.2f} TFLOP "
+        f"{row['utilization']:5.1%} {row.get('peak_GiB', 0):6.2f} GiB  first {row['first_s']:5.1f} "
+        f"s  {row.get('variant', '')} {' '.join(row['overrides'])}",
         flush=True,
     )
+
+
+def clean() -> None:
+    """Nothing of one measurement is left for the next."""
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -200,21 +233,30 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="overrides, as of pretrain.py")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--profile", type=Path, help="write the costliest kernels there")
+    parser.add_argument("--variants", action="store_true", help="with each fusion switched off")
+    parser.add_argument("--profile", type=Path, help="folder for traces")
+    parser.add_argument("--cold", action="store_true", help="compile caches start empty")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
+    if args.cold:
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"):
+            os.environ[name] = tempfile.mkdtemp()
     device = choose_device(args.device)
     rate = product_rate(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"{name}, torch {torch.__version__}, product {rate:.0f} TFLOP/s")
     rows = []
     for config in args.configs or SETTINGS:
-        rows.append(bench(config, args.set, args))
-        show(rows[-1])
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        for variant, (off, overrides) in (VARIANTS if args.variants else {"": ((), ())}).items():
+            if off:
+                kernels.switch_off(*off)
+            rows.append(bench(config, [*args.set, *overrides], args, rate))
+            rows[-1]["variant"] = variant
+            if variant:
+                print(f"{'':10} ↑ {variant}", flush=True)
+            kernels.switch_on()
+            clean()
     if args.out:
         args.out.write_text(json.dumps({"device": name, "rate": rate, "rows": rows}, indent=1))
 

@@ -13,12 +13,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import optim
-from optim import EMA, AdamATan2, AdamW, Muon, adam_atan2_update, adamw_update
+from optim import EMA, AdamATan2, AdamMini, AdamW, Muon, adam_atan2_update, adamw_update
 
 Step = Callable[[], Any]
 Named = list[tuple[str, Tensor]]
 LR, MAX_NORM, RATE = 1e-4, 1.0, 0.999
+RULE = {"lr": LR, "betas": (0.9, 0.95), "weight_decay": 0.1}
+HEAD = 64
+MINI_BYTES = {"fp32": 20, "bf16": 16, "fp8": 14}  # per parameter that a step must move
 
 
 def shapes_of(name: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -36,6 +38,18 @@ def shapes_of(name: str) -> list[tuple[str, tuple[int, ...]]]:
     layer |= {"fc": (4096, 1024), "down": (1024, 4096)}
     shapes = [(f"blocks.{i}.{k}.weight", s) for i in range(24) for k, s in layer.items()]
     return [*shapes, ("embed", (50304, 1024)), ("ln_f", (1024,))]
+
+
+def heads_of(named: Named) -> int:
+    """Attention heads of 64 of a model of this width."""
+    return max(1, min(p.shape[-1] for _, p in named if p.ndim > 1) // HEAD)
+
+
+def official_name(name: str) -> str:
+    """The name by which adam-mini finds blocks of about the same kind."""
+    known = {"qkv": "wq", "out": "wo", "proj": "wo", "tokens": "embed", "q_head": "output"}
+    known |= dict.fromkeys(("gate_up", "down", "fc"), "mlp")
+    return ".".join(known.get(part, part) for part in name.split("."))
 
 
 def make_params(name: str, device: str) -> list[tuple[str, Tensor]]:
@@ -73,8 +87,8 @@ def contenders(device: str) -> dict[str, tuple[Callable[[Named], Step], int]]:
     }
     if cuda:
         table["torch AdamW, fused, in a graph"] = (fused_in_a_graph, 28)
-    if "AdamMini" in optim.__all__:
-        table["ours AdamMini"] = (ours(optim.AdamMini, "auto"), 20)
+    for state, size in MINI_BYTES.items():
+        table[f"ours AdamMini {state}"] = (mini(state), size)
     if find_spec("adam_atan2_pytorch"):
         from adam_atan2_pytorch import AdamAtan2
 
@@ -85,10 +99,13 @@ def contenders(device: str) -> dict[str, tuple[Callable[[Named], Step], int]]:
     if find_spec("adam_mini"):
         from adam_mini import Adam_mini
 
-        table["adam-mini, official"] = (
-            lambda named: Adam_mini(named_parameters=named, lr=LR, dim=512, n_heads=8).step,
-            20,
-        )
+        def official(named: Named) -> Step:
+            heads = heads_of(named)
+            named = [(official_name(n), p) for n, p in named]
+            options = {"dim": heads * HEAD, "n_heads": heads, "verbose": False, **RULE}
+            return Adam_mini(named, **options).step
+
+        table["adam-mini, official"] = (official, 20)
     return table
 
 
@@ -97,9 +114,16 @@ def ours(cls: type, fused: str) -> Callable[[Named], Step]:
     return lambda named: cls(named, LR, fused=fused).step
 
 
+def mini(state: str) -> Callable[[Named], Step]:
+    """Adam-mini with first moments of this format."""
+    return lambda named: (
+        AdamMini(named, LR, num_heads=heads_of(named), state=state, fused="auto").step
+    )
+
+
 def torch_adamw(cuda: bool, **kind: bool) -> Callable[[Named], Step]:
     """torch's AdamW, in one of its forms."""
-    options = {"lr": LR, "betas": (0.9, 0.95), "weight_decay": 0.1, "capturable": cuda, **kind}
+    options = {**RULE, "capturable": cuda, **kind}
     return lambda named: torch.optim.AdamW([p for _, p in named], **options).step
 
 

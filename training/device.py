@@ -95,8 +95,9 @@ def configure_compiler() -> None:
 def memory_advice(config: RunConfig) -> Iterator[None]:
     """Turn running out of memory into one sentence that says which settings to change."""
     advice = (
-        f"lower global_batch_size ({config.global_batch_size}), raise grad_accum "
-        f"({config.grad_accum}), or lower arch.hidden_size ({config.arch.hidden_size})"
+        f"set arch.grad_checkpoint=block ({config.arch.grad_checkpoint}), lower global_batch_size "
+        f"({config.global_batch_size}), raise grad_accum ({config.grad_accum}), or lower "
+        f"arch.hidden_size ({config.arch.hidden_size})"
     )
     try:
         yield

@@ -31,6 +31,7 @@ from training.plot import plot_run
 from training.resolve import ResolvedRun, command
 from training.resume import Resume, WarmStart
 from training.run_folder import describe, discard, environment, lock, write_summary
+from training.speed import describe_speed
 from training.state import LOSSES, METRICS, TrainState
 from training.step import learning_rates, train_step
 
@@ -100,6 +101,7 @@ class Trainer:
         elif isinstance(run.resume, WarmStart):
             self.state.warm_start(run.resume, run.dataset_path)
         self.logger = RunLogger(run, self.state.step)
+        self.intervals = 0  # logged in this sitting
         self.reports: dict[str, SetReport] = {}
         self.evaluated_step: int | None = None
 
@@ -178,6 +180,10 @@ class Trainer:
             value.zero_()
         self._check_finite(int(nonfinite))
         steps, count = max(sums["train_steps"], 1), max(sums["count"], 1)
+        self.intervals += 1
+        if self.intervals == 2:  # the first one compiled
+            logger.info("%s", describe_speed(run, state.device, elapsed / steps))
+            clock = time.perf_counter()
         rows = steps * config.global_batch_size
         metrics = {f"train/{k}": sums[k] / count for k in METRICS if k != "count"}
         metrics |= {f"train/{k}": sums[k] / rows for k in LOSSES if sums[k] or k != LOSSES[-1]}
@@ -185,6 +191,8 @@ class Trainer:
         rates = learning_rates(config, state.step, run.total_steps)
         metrics |= {"train/lr": rates[config.optim.name]}
         metrics |= {"examples_per_second": rows / elapsed, "train_seconds": self.seconds}
+        if state.loss_scale is not None:
+            metrics |= {"loss_scale": float(state.loss_scale.scale)}
         metrics |= {"nonfinite_steps": nonfinite, "epoch": state.step * config.global_batch_size
                     / run.info.num_train_examples}  # fmt: skip
         self.logger.log(state.step, metrics)

@@ -103,7 +103,9 @@ def _of_checkpoint(config: EvaluateConfig, found: Resume) -> tuple[RunConfig, Mo
             f"arch={given['name']} is not possible: {found.path} says what its model is; give "
             "single keys, such as arch.halt_max_steps"
         )
-    trained: RunConfig = validate(RunConfig, {**saved, "arch": {**saved["arch"], **given}})
+    arch = validate(RunConfig, saved).arch.portable().model_dump(mode="json")
+    trained: RunConfig = validate(RunConfig, {**saved, "arch": {**arch, **given}})
+    trained.arch.check_machine()
     if fixed := sorted(given.keys() - trained.arch.tunable - {"forward_dtype"}):
         raise ConfigError(f"arch.{fixed[0]} cannot differ from what {found.path} was trained with")
     return trained, ModelDims(**found.index["dims"])
@@ -173,7 +175,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     device = choose_device(config.device)
     set_determinism(device)
     with memory_advice(job.trained):
-        model = build_model(job.trained.arch.portable(), job.dims, seed=0, device=device)
+        model = build_model(job.trained.arch, job.dims, seed=0, device=device)
         model.load_state_dict(load_tensors(found.path, config.weights)[3])
         if wants_compile(config.compile, device):
             configure_compiler()

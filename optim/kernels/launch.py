@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optim.kernels.adam import STEPS, adam_kernel
+from optim.kernels.formats import ELEMENTS, FORMATS
 from optim.kernels.launcher import Launcher
 from optim.kernels.norm import norm_kernel
 from optim.kernels.table import TensorTable, addresses_of, same_objects
@@ -64,9 +65,10 @@ class AdamLaunch:
 
     Args:
         params: as `supported` says, all with gradients of their memory order at `run`.
-        states: per parameter `exp_avg`, `exp_avg_sq` (float32) and `step` (float32, 0-dim), which
-            keep their addresses.
+        states: per parameter `exp_avg`, `exp_avg_sq` (float32) and `step` (float32, 0-dim), and
+            for half precision perhaps its `master` (float32), which keep their addresses.
         shadows: per parameter its float32 EMA, or none.
+        seeds: per parameter a number for stochastic rounding, or none: to the nearest.
     """
 
     def __init__(
@@ -74,13 +76,17 @@ class AdamLaunch:
         params: Sequence[Tensor],
         states: Sequence[Mapping[str, Tensor]],
         shadows: Sequence[Tensor] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         self.params, self.shadows = list(params), list(shadows or ())
         names = ("exp_avg", "exp_avg_sq", "step")
         self.kept = [[state[name] for state in states] for name in names]
+        self.masters = [state["master"] for state in states if "master" in state]
         self.moments = addresses_of([t for column in self.kept[:2] for t in column])
-        self.rest = addresses_of([*self.kept[2], *self.shadows])
+        self.rest = addresses_of([*self.kept[2], *self.shadows, *self.masters])
         device = self.params[0].device
+        self.seeds = torch.tensor(list(seeds or [0]), dtype=torch.int32).to(device)
+        self.stochastic = seeds is not None
         numels = [p.numel() for p in self.params]
         self.tile = tile_for(device, sum(numels))
         self.table = TensorTable(numels, self.tile.block, device)
@@ -158,9 +164,13 @@ class AdamLaunch:
             "tickets": self.tickets,
             "ready": self.ready,
             "numbers": self.numbers,
+            "seeds": self.seeds,
             "tensors": len(self.params),
             "RULE": rule,
-            "DTYPE": DTYPES[self.params[0].dtype],
+            "FORMAT": FORMATS[self.params[0].dtype],
+            "DTYPE": ELEMENTS[FORMATS[self.params[0].dtype]],
+            "HAS_MASTER": bool(self.masters),
+            "STOCHASTIC": self.stochastic,
             "HAS_SCALE": has_scale,
             "HAS_FOUND": has_found,
             "HAS_EMA": bool(self.shadows),

@@ -43,3 +43,24 @@ def tile_for(device: torch.device, elements: int = SMALL) -> Tile:
     if elements < SMALL and capability in _SMALL_BY_CAPABILITY:
         return _SMALL_BY_CAPABILITY[capability]
     return _BY_CAPABILITY.get(capability, _DEFAULT)
+
+
+@dataclass(frozen=True)
+class MiniTile:
+    """How the launches of Adam-mini are cut."""
+
+    name: str
+    block: int  # elements of one program
+    widest: int  # of a partition's blocks that one program takes whole; a larger one takes several
+    warps: int
+
+
+_MINI_BY_CAPABILITY = {(9, 0): MiniTile("mini-sm90-1", 4096, 4096, 8)}
+_MINI_DEFAULT = MiniTile("mini-default-1", 4096, 4096, 8)
+
+
+def mini_tile_for(device: torch.device) -> MiniTile:
+    """The tile of Adam-mini on a device; the default for what is not in the table."""
+    if device.type != "cuda":
+        return _MINI_DEFAULT
+    return _MINI_BY_CAPABILITY.get(torch.cuda.get_device_capability(device), _MINI_DEFAULT)

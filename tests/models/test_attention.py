@@ -99,7 +99,8 @@ def test_auto_takes_the_best_that_is_installed_and_fits(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])
-def test_a_forced_backend_that_is_missing_is_a_clear_error(backend):
+def test_a_forced_backend_that_is_missing_is_a_clear_error(backend, monkeypatch):
+    monkeypatch.setattr("models.attention_backends.importlib.util.find_spec", lambda name: None)
     config = HRMConfig(hidden_size=32, num_heads=2, attention_backend=backend)
     with pytest.raises(ModelError, match=f"attention_backend={backend} needs the package flash_at"):
         config.check_machine()

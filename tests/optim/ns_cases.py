@@ -74,8 +74,8 @@ def test_zero_gives_zero():
 SHAPES_OF = {
     "blocks.0.attention.qkv.weight": (96, 40),
     "blocks.0.attention.out.weight": (40, 40),
-    "blocks.0.mlp.gate_up.weight": (136, 48),
-    "blocks.0.mlp.down.weight": (48, 68),
+    "blocks.0.mlp.gate_up.weight": (80, 48),
+    "blocks.0.mlp.down.weight": (48, 60),
     "blocks.0.mlp.down.bias": (7,),
     "embedding.tokens": (5, 40),
     "lm_head.weight": (5, 40),
@@ -118,6 +118,7 @@ def test_muon_against_its_reference(options):
             if seed == 2:
                 for group in opt.param_groups:
                     group["momentum"], group["weight_decay"] = 0.5, 0.3
+                    group["scaling"] = "keller"
         results.append((named, opt, ema))
     (plain, one, shadows), (kernels, two, moved) = results
     for (name, p), (_, q) in zip(plain, kernels, strict=True):

@@ -13,11 +13,16 @@ from optim.kernels.ns_table import hopper_path, path_for
 ROOT = Path(__file__).parents[2]
 
 
-def test_cases_in_the_interpreter():
+FEW = "zero or (any_shape and polar) or (every_path and 4) or options0"
+
+
+@pytest.mark.parametrize("some", [FEW, pytest.param(f"not ({FEW})", marks=pytest.mark.slow)])
+def test_cases_in_the_interpreter(some):
     """In a process of its own: Triton decides at import whether to interpret."""
     pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/optim/ns_cases.py"],
+        [*command, "-k", some, "tests/optim/ns_cases.py"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
         capture_output=True,
