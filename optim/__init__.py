@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         OptimizerConfig,
     )
     from optim.ema import EMA
-    from optim.muon import Muon, muon_update
+    from optim.muon import Muon
+    from optim.muon_rule import muon_update
     from optim.orthogonal import newton_schulz
     from optim.partition import partition_parameters
     from optim.schedule import learning_rate
@@ -50,7 +51,7 @@ _HOME = {
     "MuonConfig": "config",
     "EMA": "ema",
     "Muon": "muon",
-    "muon_update": "muon",
+    "muon_update": "muon_rule",
     "newton_schulz": "orthogonal",
     "partition_parameters": "partition",
     "learning_rate": "schedule",
