@@ -108,11 +108,9 @@ class AdamMini(AdamLike):
             block, see `optim.moments`). Where a device or torch has no fp8, bf16 is taken, with a
             warning. float64 parameters keep float64 with "fp32".
         rules: go before `partition.RULES`, in the same form.
-        fused: see DeviceOptimizer; here "auto" by default.
+        fused: see DeviceOptimizer.
         half: see DeviceOptimizer.
     """
-
-    fused: Fused = "auto"
 
     def __init__(
         self,

@@ -144,9 +144,6 @@ class AdamMiniConfig(OptimizerConfig):
     state: Literal["fp32", "bf16", "fp8"] = Field(
         "fp32", description="format of the first moment; fp8 is e4m3 with a scale per block"
     )
-    fused: Literal["off", "auto", "on"] = Field(
-        "auto", description="Triton kernels: auto uses them on CUDA; on fails without Triton"
-    )
     print_partition: bool = Field(
         False, description="whether the log shows the blocks of every parameter"
     )

@@ -35,6 +35,12 @@ def test_kernels_in_the_interpreter(some):
     assert "passed" in out
 
 
+@pytest.mark.parametrize("some", ["odd and Mini", pytest.param("not (odd and Mini)", marks=slow)])
+def test_sizes_in_the_interpreter(some):
+    out = run("-m", "pytest", "-q", "-k", some, "tests/optim/size_cases.py", TRITON_INTERPRET="1")
+    assert "passed" in out
+
+
 MINI_FEW = "resume and fp8 or tiles or unaligned or (reference and fp32-nearest)"
 
 

@@ -19,6 +19,7 @@ STATES = []
 if torch.cuda.is_available():
     from tests.optim.mini_cases import *  # noqa: F403
     from tests.optim.mini_cases import STATES, everything, make, same, set_grads
+    from tests.optim.size_cases import *  # noqa: F403
 
 per_state = pytest.mark.parametrize("state", STATES)
 
