@@ -108,3 +108,23 @@ __device__ __forceinline__ void wgmma(float (&d)[{values}], unsigned long long a
     : {outputs} : "l"(a), "l"(b), "r"(accumulate));
 }}
 """
+
+
+def wgmma_registers(name: str, columns: int, transposed: bool = False) -> str:
+    """The function `name(d, a, b, accumulate)`: the same with a, four registers, in bf16 pairs.
+
+    `transposed`: b lies as (16, columns) in shared memory, not as (columns, 16).
+    """
+    values = columns // 2
+    registers = ", ".join(f"%{i}" for i in range(values))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(values))
+    a = ", ".join(f"%{values + i}" for i in range(4))
+    return f"""
+__device__ __forceinline__ void {name}(float (&d)[{values}], const unsigned (&a)[4],
+                                       unsigned long long b, int accumulate) {{
+  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{values + 5}, 0;\\n"
+    "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{registers}}},"
+    " {{{a}}}, %{values + 4}, p, 1, 1, {int(transposed)};\\n}}"
+    : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}}
+"""
