@@ -59,7 +59,7 @@ mixer_backward(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
   // A tile past the last one is a puzzle past the last: read as zero, not written.
 
   if (group < 0) {  // ---- the loading warpgroup: one thread of it
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WGS == 2 ? 24 : 32));
     if (threadIdx.x == 0) {
       u32 stage = 0, phase = 1, x_phase = 1;
       for (u32 round = blockIdx.x / CLUSTER; round < rounds; round += clusters) {
