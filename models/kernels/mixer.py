@@ -5,8 +5,7 @@ It works along the tokens of each feature. A program holds all tokens of 128 fea
 puzzle, so x is read where it lies (no transposes), the inner activations never leave the chip,
 and residual and norm cost nothing. Weights come padded to P tokens: gate and up (2 J, P), down
 transposed (J, P). Accumulators are (features, tokens) so that h feeds the second product from
-registers. On Hopper GPUs `models.kernels.hopper.mixer` does the same in CUDA C++, but for the
-gradients of the weights.
+registers. On Hopper GPUs `models.kernels.hopper.mixer` does the same in CUDA C++.
 """
 
 from __future__ import annotations
@@ -206,7 +205,12 @@ def _mix_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (B, L, D), and in float32 d gate_up (2 J, L), d down (L, J)."""
     if on_hopper:
-        dx, dy, dgu, h = hopper_mixer.backward(x, out, inv, dout, gate_up, down)
+        length, inner = down.shape
+        down_t = hopper_mixer.pad(down.t()).contiguous()
+        keep = not hopper_mixer.sums_weights(length, inner)
+        dx, dy, dgu, h = hopper_mixer.backward(x, out, inv, dout, gate_up, down_t, keep)
+        if not keep:
+            return dx, *hopper_mixer.weight_gradients(x, dy, gate_up, down_t)
     else:
         dx, dy, dgu, h = _inner_gradients(x, out, inv, dout, gate_up, down)
     dgate_up, ddown = _weight_gradient(dgu, x), _weight_gradient(h, dy)

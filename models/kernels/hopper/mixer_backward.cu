@@ -5,21 +5,16 @@
 //     dx = dy + W_gateᵀ d gate + W_upᵀ d up        d W_gate = Σ d gate xᵀ, …: another kernel's
 //
 // gate and up are formed anew. Tiles and registers are as in the forward; a stage is 32 inner
-// features. W_gate and W_up serve twice: as (inner, tokens), and transposed for dx. What the
-// weights' gradients need (d gate, d up, h) leaves through shared memory by tensor copies, each
-// warp its 16 features, so that these stores, which bound this kernel, run beside the products.
+// features. W_gate and W_up serve twice: as (inner, tokens), and transposed for dx. With INNER,
+// what the weights' gradients need (d gate, d up, h) leaves through shared memory by tensor copies,
+// each warp its 16 features, so that these stores, which bound this kernel, run beside the products.
+// Without, mixer_weights.cu forms it once more.
 //
-// Compile-time: J, NT and KT (tokens padded to 8 and 16), STAGES, WGS, CLUSTER; from compile.py
-// wgmma_inner (64 columns), wgmma_half (32) and wgmma_tokens (NT, transposed).
+// Compile-time: J, NT and KT (tokens padded to 8 and 16), STAGES, WGS, CLUSTER, INNER; from
+// compile.py wgmma_inner (64 columns), wgmma_half (32) and wgmma_tokens (NT, transposed).
 
-constexpr int KSTEPS = KT / 16;                   // of a sum over tokens
-constexpr int BLOCKS = (KT + 63) / 64;            // of 64 tokens: 128 bytes, a swizzled row
-constexpr int GU_BYTES = 64 * 128;                // 32 rows of gate, 32 of up; 64 tokens
-constexpr int DOWN_BYTES = 32 * 128;
-constexpr int STAGE_BYTES = BLOCKS * (GU_BYTES + DOWN_BYTES);
-constexpr int X_BYTES = KT * 128;
 constexpr int SLOT_BYTES = 4 * 3 * 1024;          // 4 warps; d gate, d up, h of 16 × 32
-constexpr int OUT_BYTES = 2 * SLOT_BYTES;         // for dy and dx, too
+constexpr int OUT_BYTES = INNER ? 2 * SLOT_BYTES : NT * 128;  // for dy and dx, too
 constexpr int STEPS = J / 32;                     // stages of a tile
 
 struct Shared {
@@ -82,10 +77,7 @@ mixer_backward(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
           barrier_expect(&s.full[stage], STAGE_BYTES);
           for (int i = 0; i < 2 * BLOCKS; i++)  // the blocks of a cluster take turns
             if (i % CLUSTER == rank)
-              load3<(CLUSTER > 1)>(
-                  to + (i < BLOCKS ? i * GU_BYTES : BLOCKS * GU_BYTES + (i - BLOCKS) * DOWN_BYTES),
-                  i < BLOCKS ? &gu_map : &down_map, &s.full[stage], i % BLOCKS * 64, step * 32, 0,
-                  (1 << CLUSTER) - 1);
+              load_weights<(CLUSTER > 1)>(to, i, &gu_map, &down_map, &s.full[stage], step * 32);
           if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
       }
@@ -105,15 +97,6 @@ mixer_backward(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
 
     float acc[NT / 2], gu[32], dh[16];
     u32 x[KSTEPS][4], dy[KSTEPS][4], dgate[2][4], dup[2][4], h[2][4];
-    auto inner = [&](u32 at) {  // gu = x [W_gate | W_up]ᵀ, dh = dy W_down
-#pragma unroll
-      for (int k = 0; k < KSTEPS; k++)
-        wgmma_inner(gu, x[k], descriptor(at + k / 4 * GU_BYTES + k % 4 * 32), k != 0);
-#pragma unroll
-      for (int k = 0; k < KSTEPS; k++)
-        wgmma_half(dh, dy[k],
-                   descriptor(at + BLOCKS * GU_BYTES + k / 4 * DOWN_BYTES + k % 4 * 32), k != 0);
-    };
 
     for (u32 round = blockIdx.x / CLUSTER; round < rounds; round += clusters) {
       const u32 tile = (round * CLUSTER + rank) * WGS + group;
@@ -173,7 +156,7 @@ mixer_backward(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
 
       barrier_wait(&s.full[stage], phase);
       wgmma_fence();
-      inner(first + stage * STAGE_BYTES);
+      inner_products(gu, dh, x, dy, first + stage * STAGE_BYTES);
       wgmma_commit();
       wgmma_wait();
       settle(gu);
@@ -182,30 +165,17 @@ mixer_backward(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
       named_sync(8 + group, 128);
 #pragma unroll 1
       for (int step = 0; step < STEPS; step++) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-          int at = i / 2 * 4 + i % 2 * 2;
-          float a[2], u[2], v[2];
-#pragma unroll
-          for (int j = 0; j < 2; j++) {
-            float half = 0.5f * gu[at + j], up = gu[16 + at + j], t = tanh_approx(half);
-            float silu = fmaf(half, t, half), sigmoid = fmaf(0.5f, t, 0.5f);
-            v[j] = silu * up;
-            u[j] = dh[at + j] * silu;
-            a[j] = dh[at + j] * up * fmaf(silu, fmaf(-0.5f, t, 0.5f), sigmoid);
-          }
-          dgate[i / 4][i % 4] = pack(a[0], a[1]);
-          dup[i / 4][i % 4] = pack(u[0], u[1]);
-          h[i / 4][i % 4] = pack(v[0], v[1]);
-        }
+        inner_gradients(gu, dh, dgate, dup, h);
         const u32 slot = step % 2 * SLOT_BYTES;
-        if (lane == 0) stores_wait_read<1>();  // of the step before the last
-        __syncwarp();
+        if (INNER) {
+          if (lane == 0) stores_wait_read<1>();  // of the step before the last
+          __syncwarp();
 #pragma unroll
-        for (int k = 0; k < 2; k++) {
-          matrices_store((inner_at + slot) ^ (k * 32), dgate[k]);
-          matrices_store((inner_at + slot + 1024) ^ (k * 32), dup[k]);
-          matrices_store((inner_at + slot + 2048) ^ (k * 32), h[k]);
+          for (int k = 0; k < 2; k++) {
+            matrices_store((inner_at + slot) ^ (k * 32), dgate[k]);
+            matrices_store((inner_at + slot + 1024) ^ (k * 32), dup[k]);
+            matrices_store((inner_at + slot + 2048) ^ (k * 32), h[k]);
+          }
         }
         const u32 at = first + stage * STAGE_BYTES;
         const u32 before = stage;
@@ -219,19 +189,21 @@ mixer_backward(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
           wgmma_tokens(acc, dup[k], descriptor(at + 4096 + k * 2048, GU_BYTES), 1);
         }
         if (more) {
-          inner(first + stage * STAGE_BYTES);
+          inner_products(gu, dh, x, dy, first + stage * STAGE_BYTES);
           wgmma_commit();
         } else {
           wgmma_commit();
         }
-        fence_async();
-        __syncwarp();
-        if (lane == 0) {
-          unsigned char* from = outs + group * OUT_BYTES + slot + warp * 3072;
-          store2(&dgu_map, from, step * 32, row);
-          store2(&dgu_map, from + 1024, J + step * 32, row);
-          store2(&h_map, from + 2048, step * 32, row);
-          stores_commit();
+        if (INNER) {
+          fence_async();
+          __syncwarp();
+          if (lane == 0) {
+            unsigned char* from = outs + group * OUT_BYTES + slot + warp * 3072;
+            store2(&dgu_map, from, step * 32, row);
+            store2(&dgu_map, from + 1024, J + step * 32, row);
+            store2(&h_map, from + 2048, step * 32, row);
+            stores_commit();
+          }
         }
         wgmma_wait();
         settle(acc);
