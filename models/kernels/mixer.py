@@ -22,7 +22,7 @@ from models.kernels.hopper import mixer as hopper_mixer
 from models.kernels.launch import fast, next_power, precision, sigmoid
 
 MAX_TOKENS = 128
-USE_HOPPER = False  # whether Hopper's own kernels are taken where they can be
+USE_HOPPER = True  # whether Hopper's own kernels are taken where they can be
 
 
 @triton.jit

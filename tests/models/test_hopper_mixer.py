@@ -33,11 +33,13 @@ def _inputs(batch: int, length: int, width: int, inner: int) -> tuple[torch.Tens
     return _draw(batch, length, width), gate_up, _draw(length, inner, scale=inner**-0.5)
 
 
-def _plain(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def _plain(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, eps: float = EPS
+) -> torch.Tensor:
     x_BDL = x.transpose(1, 2)
     gate, up = (x_BDL @ gate_up.mT).chunk(2, -1)
     y = x_BDL + (F.silu(gate) * up) @ down.mT
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS)).transpose(1, 2)
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).transpose(1, 2)
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -45,8 +47,8 @@ def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-def _forward(x, gate_up, down, save):
-    return kernels.forward(x, kernels.pad(gate_up), down, EPS, save)
+def _forward(x, gate_up, down, save, eps=EPS):
+    return kernels.forward(x, kernels.pad(gate_up), down, eps, save)
 
 
 @pytest.mark.gpu
@@ -57,22 +59,22 @@ def test_forward(length, shape):
     batch, width, inner = shape
     x, gate_up, down = _inputs(batch, length, width, inner)
     assert kernels.takes(x, inner)
-    expected = _plain(x.double(), gate_up.double(), down.double())
-    out, inv = _forward(x, gate_up, down, True)
+    eps = EPS if length > 1 else 1.0  # the sign of one token near zero is left to rounding
+    expected = _plain(x.double(), gate_up.double(), down.double(), eps)
+    out, inv = _forward(x, gate_up, down, True, eps)
     assert _error(out, expected) < 3e-3  # bfloat16 rounds by 2⁻⁹ at most, h and the result
     assert (out.double() - expected).abs().max() < 0.05
     x_BDL, (gate, up) = x.mT.double(), (x.mT.double() @ gate_up.mT.double()).chunk(2, -1)
     y = x_BDL + (F.silu(gate) * up) @ down.mT.double()
-    assert _error(inv, torch.rsqrt(y.square().mean(-1) + EPS)) < 2e-3
-    assert torch.equal(_forward(x, gate_up, down, False)[0], out)
+    assert _error(inv, torch.rsqrt(y.square().mean(-1) + eps)) < 2e-3
+    assert torch.equal(_forward(x, gate_up, down, False, eps)[0], out)
 
 
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("length", LENGTHS[1:])  # of one token, all gradients are rounding
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_backward(length, shape, monkeypatch):
-    monkeypatch.setattr(mixer, "USE_HOPPER", True)
+def test_backward(length, shape):
     batch, width, inner = shape
     inputs = _inputs(batch, length, width, inner)
     dout = _draw(batch, length, width)
