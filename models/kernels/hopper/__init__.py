@@ -80,7 +80,9 @@ def plan(epilogue: int, k: int, columns: int) -> Plan:
 
 @functools.cache
 def _kernel(p: Plan, device: int) -> Kernel:
-    source = wgmma(p.bn) + Path(__file__).with_name("gemm.cu").read_text()
+    folder = Path(__file__).parent
+    files = ((folder / name).read_text(encoding="utf-8") for name in ("instructions.cu", "gemm.cu"))
+    source = "\n".join((wgmma(p.bn), *files))
     macros = {
         "EPILOGUE": p.epilogue,
         "K": p.k,

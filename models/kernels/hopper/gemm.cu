@@ -17,7 +17,8 @@
 // other operand of the epilogue, move between registers and global memory 16 bytes at a time.
 //
 // Compile-time: EPILOGUE, K, COLUMNS (of the result: h for SwiGLU), BN (rows of W a tile),
-// STATIONARY, STAGES, CM, CN; and the function wgmma(), written for BN by compile.py.
+// STATIONARY, STAGES, CM, CN; and the function wgmma(), written for BN by compile.py. What wraps a
+// single instruction is in instructions.cu.
 
 #define PLAIN 0        // out = x Wᵀ
 #define SWIGLU 1       // W = [gate | up]: out = silu(gate) ⊙ up
@@ -42,12 +43,6 @@ constexpr int PARTS = EPILOGUE == DSWIGLU ? 2 : 1;  // of `other`: gate and up
 // take turns; where these wait for operands it does not pay.
 constexpr int SKEW = STATIONARY || EPILOGUE > SWIGLU ? 0 : KB < 2 ? KB : 2;
 
-typedef unsigned u32;
-typedef unsigned long long u64;
-typedef unsigned short bf16;
-struct alignas(64) TensorMap { u64 opaque[16]; };
-struct alignas(16) Eight { u32 pair[4]; };     // 8 bf16
-
 struct Shared {
   u64 full[STAGES], empty[STAGES];             // a stage's bytes have come; it may be overwritten
   u64 weights_full[KB], weights_empty;         // the same for the stationary rows of W
@@ -55,127 +50,6 @@ struct Shared {
   u64 squares_full[2][WGS];                    // the other blocks' sums of squares have come
   float squares[2][CN][BM];                    // of the parts of a row, for even and odd tiles
 };
-
-// ---- instructions ------------------------------------------------------------------------------
-
-__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u64* bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(bar)), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_wait(u64* bar, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@p bra done;\nbra again;\ndone:\n}"
-      ::"r"(address(bar)), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u64* bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-               ::"r"(address(bar)), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u64* bar, u32 block) {  // in a block of the cluster
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}"
-      ::"r"(address(bar)), "r"(block) : "memory");
-}
-
-// Store into another block of the cluster and count the 4 bytes at its barrier.
-__device__ __forceinline__ void store_remote(float* p, float value, u64* bar, u32 block) {
-  asm volatile(
-      "{\n.reg .b32 to, remote;\n"
-      "mapa.shared::cluster.u32 to, %0, %3;\n"
-      "mapa.shared::cluster.u32 remote, %2, %3;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %1, [remote];\n}"
-      ::"r"(address(p)), "r"(__float_as_uint(value)), "r"(address(bar)), "r"(block) : "memory");
-}
-
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// Columns [column, column + 64) of rows from `row` of x into shared memory, here or in all of mask.
-template <bool MULTICAST>
-__device__ __forceinline__ void load_x(void* to, const TensorMap* map, u64* bar, int column,
-                                       int row, u32 mask) {
-  if (MULTICAST)
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
-        ::"r"(address(to)), "l"(map), "r"(address(bar)), "r"(column), "r"(row), "h"((bf16)mask)
-        : "memory");
-  else
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%3, %4}], [%2];"
-        ::"r"(address(to)), "l"(map), "r"(address(bar)), "r"(column), "r"(row) : "memory");
-}
-
-// The same for W, whose map has the dimensions (k, b, q, j, row / 32): see the top.
-template <bool MULTICAST>
-__device__ __forceinline__ void load_w(void* to, const TensorMap* map, u64* bar, int column,
-                                       int row, u32 mask) {
-  if (MULTICAST)
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %5, %5, %5, %4}], [%2], %6;"
-        ::"r"(address(to)), "l"(map), "r"(address(bar)), "r"(column), "r"(row / 32), "r"(0),
-        "h"((bf16)mask) : "memory");
-  else
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%3, %5, %5, %5, %4}], [%2];"
-        ::"r"(address(to)), "l"(map), "r"(address(bar)), "r"(column), "r"(row / 32), "r"(0)
-        : "memory");
-}
-
-// Matrix descriptor: rows of 128 bytes, swizzled in groups of 8 rows (1,024 bytes).
-__device__ __forceinline__ u64 descriptor(const void* p) {
-  return (u64)((address(p) & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-__device__ __forceinline__ Eight load8(const bf16* p) {
-  Eight v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.pair[0]), "=r"(v.pair[1]), "=r"(v.pair[2]), "=r"(v.pair[3]) : "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ void store8(bf16* p, Eight v) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.pair[0]),
-               "r"(v.pair[1]), "r"(v.pair[2]), "r"(v.pair[3]) : "memory");
-}
-
-__device__ __forceinline__ float get(const Eight& v, int i) {  // element i as float
-  return __uint_as_float(i & 1 ? v.pair[i / 2] & 0xFFFF0000u : v.pair[i / 2] << 16);
-}
-
-__device__ __forceinline__ Eight round8(const float* v) {
-  Eight r;
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r.pair[i]) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
-  return r;
-}
-
-// 1 / (1 + exp(-x)): relative error under 2⁻²⁰, bf16 rounds at 2⁻⁹.
-__device__ __forceinline__ float sigmoid(float x) {
-  float e, r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
-  return r;
-}
 
 // ---- the walk over the tiles -------------------------------------------------------------------
 
