@@ -27,16 +27,20 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
+        return self.out(self.mix(x_BLD, rope))
+
+    def mix(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
+        """What the heads have gathered, side by side, before the last map: (B, L, D)."""
         qkv = self.qkv(x_BLD)
         if self.fusible and usable("attention", qkv):
             from models.kernels.attention import short_attention, supported
 
             if supported(x_BLD.shape[1], x_BLD.shape[2] // self.num_heads):
                 tables = (None, None) if rope is None else (rope.cos, rope.sin)
-                return self.out(short_attention(qkv, self.num_heads, *tables, self.causal))
+                return short_attention(qkv, self.num_heads, *tables, self.causal)
         qkv = rearrange(qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
         q, k, v = qkv.unbind(0)
         if rope is not None:
             q, k = rope(q), rope(k)
         mixed = attend(q, k, v, causal=self.causal, backend=self.backend)
-        return self.out(rearrange(mixed, "b l h d -> b l (h d)"))
+        return rearrange(mixed, "b l h d -> b l (h d)")

@@ -40,10 +40,27 @@ class Block(nn.Module):
     def forward(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
         if self.attention is not None:
-            x_BLD = rms_norm(x_BLD + self.attention(x_BLD, rope), self.eps)
+            x_BLD = self._attend(x_BLD, rope)
         else:
             x_BLD = self._mix_tokens(x_BLD)
+        if usable("residual", x_BLD) and type(self.mlp) is SwiGLU and not self.mlp.gate_up.fp8:
+            from models.kernels.residual import swiglu_norm
+
+            gate_up, down = self.mlp.gate_up.weight, self.mlp.down.weight
+            fused = swiglu_norm(x_BLD, gate_up, down, self.eps)
+            if fused is not None:
+                return fused
         return rms_norm(x_BLD + self.mlp(x_BLD), self.eps)
+
+    def _attend(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
+        mixed, out = self.attention.mix(x_BLD, rope), self.attention.out
+        if usable("residual", x_BLD) and not out.fp8:
+            from models.kernels.residual import linear_norm
+
+            fused = linear_norm(mixed, out.weight, x_BLD, self.eps)
+            if fused is not None:
+                return fused
+        return rms_norm(x_BLD + out(mixed), self.eps)
 
     def _mix_tokens(self, x_BLD: Tensor) -> Tensor:
         """The token mixer works, and normalizes, along the tokens of each feature."""

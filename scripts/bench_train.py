@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name → swi
     "no fused mixer": (("mixer",), ()),
     "no fused attention": (("attention",), ()),
     "no fused SwiGLU": (("swiglu",), ()),
+    "no fused residual": (("residual",), ()),
     "no kernels": (kernels.OPERATIONS, ()),
     "no CUDA graph": ((), ("cuda_graph=off",)),
     "no compilation": ((), ("compile=off",)),

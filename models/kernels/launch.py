@@ -1,10 +1,12 @@
-"""What the fused operations share: the sigmoid, the precision of products, padded sizes."""
+"""What the fused operations share: the sigmoid, the precision of products, sizes, the card."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+
+from models.kernels import hopper
 
 
 @triton.jit
@@ -35,3 +37,9 @@ def precision(dtype: torch.dtype) -> str:
 def next_power(n: int, least: int = 16) -> int:
     """The least power of two that is at least n (and `least`)."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+@torch.compiler.assume_constant_result
+def on_hopper(device: int) -> bool:
+    """Whether a CUDA device can run `models.kernels.hopper`."""
+    return hopper.available(device)

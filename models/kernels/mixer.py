@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from models.kernels import hopper
 from models.kernels.hopper import mixer as hopper_mixer
-from models.kernels.launch import fast, next_power, precision, sigmoid
+from models.kernels.launch import fast, next_power, on_hopper, precision, sigmoid
 
 MAX_TOKENS = 128
 USE_HOPPER = True  # whether Hopper's own kernels are taken where they can be
@@ -155,13 +154,13 @@ _SPLITS = 33  # shares of the puzzles; with 4 and 8 row tiles, one and two waves
 
 
 def pad_weights(
-    gate_up: Tensor, down: Tensor, dtype: torch.dtype, on_hopper: bool = False
+    gate_up: Tensor, down: Tensor, dtype: torch.dtype, hopper: bool = False
 ) -> tuple[Tensor, Tensor]:
     """gate_up (2 J, L) and down (L, J) as the kernels take them, in `dtype`.
 
     (2 J, P) and (J, P); on Hopper (2 J, L up to a multiple of 8) and (L, J).
     """
-    if on_hopper:
+    if hopper:
         return hopper_mixer.pad(gate_up.to(dtype)), down.to(dtype)
     excess = next_power(gate_up.shape[1]) - gate_up.shape[1]
     return F.pad(gate_up.to(dtype), (0, excess)), F.pad(down.t().to(dtype), (0, excess))
@@ -169,10 +168,10 @@ def pad_weights(
 
 @custom_op("loopwright::token_mixer", mutates_args=())
 def _mix(
-    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, on_hopper: bool
+    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, hopper: bool
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, D) and, if `save`, inv (B, D) for the backward; weights from `pad_weights`."""
-    if on_hopper:
+    if hopper:
         return hopper_mixer.forward(x, gate_up, down, eps, save)
     batch, length, width = x.shape
     inner, padded = down.shape
@@ -187,7 +186,7 @@ def _mix(
 
 @_mix.register_fake
 def _(
-    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, on_hopper: bool
+    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, hopper: bool
 ) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], x.shape[2]) if save else (1,)
     return torch.empty_like(x), x.new_empty(shape, dtype=torch.float32)
@@ -201,10 +200,10 @@ def _mix_backward(
     dout: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    on_hopper: bool,
+    hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (B, L, D), and in float32 d gate_up (2 J, L), d down (L, J)."""
-    if on_hopper:
+    if hopper:
         length, inner = down.shape
         down_t = hopper_mixer.pad(down.t()).contiguous()
         keep = not hopper_mixer.sums_weights(length, inner)
@@ -254,7 +253,7 @@ def _(
     dout: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    on_hopper: bool,
+    hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     length, inner = x.shape[1], gate_up.shape[0] // 2
     wide = x.new_empty((2 * inner, length), dtype=torch.float32)
@@ -263,25 +262,20 @@ def _(
 
 class _TokenMixer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up, down, eps, on_hopper):
+    def forward(ctx, x, gate_up, down, eps, hopper):
         x = x.contiguous()
-        padded = pad_weights(gate_up, down, x.dtype, on_hopper)
-        out, inv = _mix(x, *padded, eps, True, on_hopper)
+        padded = pad_weights(gate_up, down, x.dtype, hopper)
+        out, inv = _mix(x, *padded, eps, True, hopper)
         ctx.save_for_backward(x, out, inv, *padded)
         ctx.kinds = gate_up.dtype, down.dtype
-        ctx.on_hopper = on_hopper
+        ctx.hopper = hopper
         return out
 
     @staticmethod
     def backward(ctx, dout):
         x, out, inv, *padded = ctx.saved_tensors
-        dx, dgate_up, ddown = _mix_backward(x, out, inv, dout.contiguous(), *padded, ctx.on_hopper)
+        dx, dgate_up, ddown = _mix_backward(x, out, inv, dout.contiguous(), *padded, ctx.hopper)
         return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), None, None
-
-
-@torch.compiler.assume_constant_result
-def _on_hopper(device: int) -> bool:
-    return hopper.available(device)
 
 
 def token_mixer(x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
@@ -297,8 +291,8 @@ def token_mixer(x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
         (B, L, D) in the dtype of x. Products are accumulated in float32; rounded to the dtype of x
         are the weights, h and the result (the plain path also rounds gate, up and the sum).
     """
-    on_hopper = USE_HOPPER and hopper_mixer.takes(x, down.shape[1]) and _on_hopper(x.device.index)
+    hopper = USE_HOPPER and hopper_mixer.takes(x, down.shape[1]) and on_hopper(x.device.index)
     if torch.is_grad_enabled():
-        return _TokenMixer.apply(x, gate_up, down, eps, on_hopper)
-    padded = pad_weights(gate_up, down, x.dtype, on_hopper)
-    return _mix(x.contiguous(), *padded, eps, False, on_hopper)[0]
+        return _TokenMixer.apply(x, gate_up, down, eps, hopper)
+    padded = pad_weights(gate_up, down, x.dtype, hopper)
+    return _mix(x.contiguous(), *padded, eps, False, hopper)[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from models.kernels import hopper
-from models.kernels.launch import fast, precision, sigmoid
+from models.kernels.launch import fast, on_hopper, precision, sigmoid
 
 
 @triton.jit
@@ -180,9 +180,4 @@ def hopper_takes(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     widths = (gate_up.shape[1], gate_up.shape[0] // 2, down.shape[0])
     if x.dtype != torch.bfloat16 or not x.is_cuda or any(w % 128 for w in widths):
         return False
-    return _on_hopper(x.device.index) and x.numel() < x.shape[-1] * 2**26
-
-
-@torch.compiler.assume_constant_result
-def _on_hopper(device: int) -> bool:
-    return hopper.available(device)
+    return on_hopper(x.device.index) and x.numel() < x.shape[-1] * 2**26

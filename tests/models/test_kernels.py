@@ -129,11 +129,69 @@ def test_linear_swiglu(rows, width, inner, dtype):
     assert relative(linear_swiglu(x, weight), F.silu(gate) * up) <= TOLERANCE[dtype]
 
 
+@in_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, width", [(1, 8), (7, 40), (33, 512)])
+def test_norm_backward(rows, width, dtype):
+    from models.kernels.residual import norm_backward
+
+    torch.manual_seed(0)
+    v = draw(rows, width, dtype=dtype).double().requires_grad_()
+    factors = torch.rsqrt(v.square().mean(-1) + 1e-5)
+    out, dout = v * factors[:, None], draw(rows, width, dtype=dtype)
+    out.backward(dout.double())
+    got = norm_backward(out.detach().to(dtype), factors.detach().float(), dout)
+    assert relative(got, v.grad) <= TOLERANCE[dtype]
+
+
+def hopper_only():
+    if not CUDA or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+
+
+def plain_norm(v, eps=1e-5):
+    return v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
+
+
+@in_kernel
+@pytest.mark.parametrize("shape", [(1, 1), (3, 97), (2, 130)])
+@pytest.mark.parametrize("width", [128, 512])
+def test_linear_and_swiglu_with_residual_and_norm(shape, width):
+    hopper_only()
+    from models.kernels.residual import linear_norm, swiglu_norm
+    from models.kernels.swiglu import swiglu_mlp
+
+    torch.manual_seed(0)
+    kind = torch.bfloat16
+    x, r = draw(*shape, 256, dtype=kind), draw(*shape, width, dtype=kind)
+    w = draw(width, 256, dtype=kind, scale=1 / 16)
+    both(
+        lambda x, w, r: linear_norm(x, w, r, 1e-5),
+        lambda x, w, r: plain_norm(r + x @ w.mT),
+        (x, w, r),
+        kind,
+    )
+    gate_up = draw(512, width, dtype=kind, scale=width**-0.5)
+    down = draw(width, 256, dtype=kind, scale=1 / 16)
+
+    def plain_mlp(x, gate_up, down):
+        gate, up = (x @ gate_up.mT).chunk(2, -1)
+        return (F.silu(gate) * up) @ down.mT
+
+    both(
+        lambda *t: swiglu_norm(*t, 1e-5),
+        lambda x, *w: plain_norm(x + plain_mlp(x, *w)),
+        (r, gate_up, down),
+        kind,
+    )
+    both(swiglu_mlp, plain_mlp, (r, gate_up, down), kind)
+
+
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")
 def test_in_the_interpreter():
     """On a machine without a GPU: the tests above, in a process with Triton's interpreter."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "not interpreter"]
+    command += ["-k", "not interpreter and not residual_and"]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
         cwd=Path(__file__).parents[2], timeout=900,

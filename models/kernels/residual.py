@@ -1,0 +1,206 @@
+# ruff: noqa: ANN001, ANN201  (arguments of Triton functions have no Python types)
+"""What follows a branch of a block: out = v / rms(v), v = r + x Wᵀ, in the product's epilogue.
+
+A row of v lies in one cluster of thread blocks (`models.kernels.hopper`), so sum and norm cost no
+pass over memory. The backward goes from the gradient of out to that of v, which is also that of r.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from models.kernels import hopper
+from models.kernels.launch import next_power, on_hopper
+
+
+@triton.jit
+def norm_backward_kernel(
+    out_ptr, factor_ptr, dout_ptr, dv_ptr, M, D, ROWS: tl.constexpr, BD: tl.constexpr
+):
+    """dv (M, D) = factor (dout - out mean(dout out)); factor (M,) = 1 / rms."""
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BD)
+    mask = (m < M)[:, None] & (d < D)[None, :]
+    at = m.to(tl.int64)[:, None] * D + d[None, :]
+    out = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    factor = tl.load(factor_ptr + m, mask=m < M, other=0.0)
+    mean = tl.sum(out * dout, axis=1) / D
+    dv = (dout - out * mean[:, None]) * factor[:, None]
+    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+def norm_backward(out: Tensor, factors: Tensor, dout: Tensor) -> Tensor:
+    """Gradient of v from that of out = v · factor; out, dout (..., D), factors (...) float32."""
+    dv = torch.empty_like(out)
+    width = out.shape[-1]
+    rows = out.numel() // width
+    norm_backward_kernel[(triton.cdiv(rows, 2),)](
+        out, factors, dout, dv, rows, width, ROWS=2, BD=next_power(width), num_warps=4
+    )
+    return dv
+
+
+@custom_op("loopwright::linear_norm", mutates_args=())
+def _linear_norm(
+    x: Tensor, weight: Tensor, r: Tensor, eps: float, save: bool
+) -> tuple[Tensor, Tensor]:
+    """out (..., N) and, if `save`, factors (...) for the backward."""
+    out, factors = hopper.linear_residual_norm(x, weight, r, eps, save)
+    return out, r.new_empty(1, dtype=torch.float32) if factors is None else factors
+
+
+@_linear_norm.register_fake
+def _(x: Tensor, weight: Tensor, r: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(r), r.new_empty(r.shape[:-1] if save else (1,), dtype=torch.float32)
+
+
+@custom_op("loopwright::linear_norm_backward", mutates_args=())
+def _linear_norm_backward(
+    x: Tensor, weight: Tensor, out: Tensor, factors: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dv = dr (..., N), dx (..., K), and d weight (N, K) in float32."""
+    dv = norm_backward(out, factors, dout)
+    dv_MN, x_MK = (t.view(-1, t.shape[-1]) for t in (dv, x))
+    return dv, (dv_MN @ weight).view(x.shape), torch.mm(dv_MN.t(), x_MK, out_dtype=torch.float32)
+
+
+@_linear_norm_backward.register_fake
+def _(
+    x: Tensor, weight: Tensor, out: Tensor, factors: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = weight.new_empty(weight.shape, dtype=torch.float32)
+    return torch.empty_like(out), torch.empty_like(x), wide
+
+
+class _LinearNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, r, eps):
+        cast = weight.to(x.dtype)
+        out, factors = _linear_norm(x, cast, r, eps, True)
+        ctx.save_for_backward(x, cast, out, factors)
+        ctx.kind = weight.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        dv, dx, dweight = _linear_norm_backward(*ctx.saved_tensors, dout.contiguous())
+        return dx, dweight.to(ctx.kind), dv, None
+
+
+def linear_norm(x: Tensor, weight: Tensor, r: Tensor, eps: float) -> Tensor | None:
+    """rms_norm(r + F.linear(x, weight)), or None where no kernel takes these.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        r: (..., N), the residual.
+        eps: of the RMSNorm.
+
+    Returns:
+        (..., N) in the dtype of r. The sum is float32 and not rounded before the norm.
+    """
+    if not takes(x, *weight.shape):
+        return None
+    x, r = x.contiguous(), r.contiguous()
+    if torch.is_grad_enabled():
+        return _LinearNorm.apply(x, weight, r, eps)
+    return _linear_norm(x, weight.to(x.dtype), r, eps, False)[0]
+
+
+@custom_op("loopwright::swiglu_norm", mutates_args=())
+def _swiglu_norm(
+    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (..., K) and, if `save`, gate | up (..., 2 J) and factors (...) for the backward."""
+    h, wide = hopper.linear_swiglu(x, gate_up, save)
+    out, factors = hopper.linear_residual_norm(h, down, x, eps, save)
+    if wide is None or factors is None:
+        return out, x.new_empty(1), x.new_empty(1, dtype=torch.float32)
+    return out, wide, factors
+
+
+@_swiglu_norm.register_fake
+def _(
+    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = (*x.shape[:-1], gate_up.shape[0]) if save else (1,)
+    factors = x.shape[:-1] if save else (1,)
+    return torch.empty_like(x), x.new_empty(wide), x.new_empty(factors, dtype=torch.float32)
+
+
+@custom_op("loopwright::swiglu_norm_backward", mutates_args=())
+def _swiglu_norm_backward(
+    x: Tensor, wide: Tensor, out: Tensor, factors: Tensor, dout: Tensor,
+    gate_up: Tensor, down: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx (..., K), and in float32 d gate_up (2 J, K), d down (K, J)."""
+    dv = norm_backward(out, factors, dout)
+    dwide, h = hopper.linear_dswiglu(dv, down.t().contiguous(), wide)
+    rows = (t.view(-1, t.shape[-1]) for t in (dwide, x, dv, h))
+    dwide_MJ, x_MK, dv_MK, h_MJ = rows
+    dx = torch.addmm(dv_MK, dwide_MJ, gate_up)  # through the residual, and through the branch
+    dgate_up = torch.mm(dwide_MJ.t(), x_MK, out_dtype=torch.float32)
+    return dx.view(x.shape), dgate_up, torch.mm(dv_MK.t(), h_MJ, out_dtype=torch.float32)
+
+
+@_swiglu_norm_backward.register_fake
+def _(
+    x: Tensor, wide: Tensor, out: Tensor, factors: Tensor, dout: Tensor,
+    gate_up: Tensor, down: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        torch.empty_like(x),
+        gate_up.new_empty(gate_up.shape, dtype=torch.float32),
+        down.new_empty(down.shape, dtype=torch.float32),
+    )
+
+
+class _SwiGLUNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gate_up, down, eps):
+        weights = gate_up.to(x.dtype), down.to(x.dtype)
+        out, wide, factors = _swiglu_norm(x, *weights, eps, True)
+        ctx.save_for_backward(x, wide, out, factors, *weights)
+        ctx.kinds = gate_up.dtype, down.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, wide, out, factors, *weights = ctx.saved_tensors
+        saved = x, wide, out, factors, dout.contiguous()
+        dx, dgate_up, ddown = _swiglu_norm_backward(*saved, *weights)
+        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), None
+
+
+def swiglu_norm(x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor | None:
+    """rms_norm(x + W_down(silu(W_gate x) ⊙ W_up x)), or None where no kernel takes these.
+
+    Args:
+        x: (..., K).
+        gate_up: (2 J, K), the gate's rows first.
+        down: (K, J).
+        eps: of the RMSNorm.
+
+    Returns:
+        (..., K) in the dtype of x; rounded on the way are the weights, h, and gate and up for the
+        backward.
+    """
+    if not (takes(x, *down.shape) and gate_up.shape[0] % 256 == 0):
+        return None
+    x = x.contiguous()
+    if torch.is_grad_enabled():
+        return _SwiGLUNorm.apply(x, gate_up, down, eps)
+    return _swiglu_norm(x, gate_up.to(x.dtype), down.to(x.dtype), eps, False)[0]
+
+
+def takes(x: Tensor, rows: int, columns: int) -> bool:
+    """Whether a product of x with a weight (rows, columns) and the norm after it are taken."""
+    if x.dtype != torch.bfloat16 or not x.is_cuda or columns % 128:
+        return False
+    small = x.numel() < x.shape[-1] * 2**26
+    return rows in hopper.NORM_WIDTHS and small and on_hopper(x.device.index)
