@@ -15,6 +15,7 @@ from data.folder import FolderConfig
 from data.format import dataset_info, read_dataset
 from data.maze import MazeConfig
 from data.mix import MixConfig
+from data.names import puzzle_names
 from data.puzzles import DatasetInfo, PuzzleDataset, PuzzleSet
 from data.scoring import ScoredRows, build_scorer
 from data.sudoku import SudokuConfig
@@ -68,6 +69,7 @@ __all__ = [
     "build_scorer",
     "dataset_info",
     "make_train_loader",
+    "puzzle_names",
     "read_dataset",
     "write_dataset",
 ]

@@ -2,7 +2,7 @@
 
 Read are `.safetensors` files and torch files (state dicts, or training states of the ancestors'
 forks), of which only tensors and plain values are unpickled. What lies beside an ancestor's file is
-used: `all_config.yaml` (its configuration) and `identifiers.json` (names of its puzzles).
+used: `all_config.yaml`, its configuration.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ HUB = "hf:"
 METADATA = "loopwright"  # of a .safetensors file: JSON of {"arch", "dims"}
 KINDS = "a .safetensors file or a torch file that holds tensors only"
 _HARMLESS = ("torch", "collections OrderedDict", "numpy")  # beginnings of what tensors need
+_TEXTS = {".md", ".txt", ".json", ".yaml", ".yml", ".py", ".csv", ".png", ".jpg"}
 _SAVED = re.compile(r"step_(\d+)(\.pt)?$")  # as the ancestors name their files
 
 
@@ -139,16 +140,6 @@ def reference_config(path: Path) -> dict[str, Any]:
     return arch if isinstance(arch, dict) else {}
 
 
-def identifiers(folder: Path) -> list[str] | None:
-    """Names of puzzles by row of the embedding, from `identifiers.json` in `folder`, or None."""
-    file = folder / "identifiers.json"
-    try:
-        names = json.loads(file.read_text()) if file.is_file() else None
-    except (OSError, ValueError):
-        return None
-    return names if isinstance(names, list) else None
-
-
 def newest_file(folder: Path) -> Path | None:
     """The last `step_N` file of an ancestor's run folder, or None."""
     found = [(int(m[1]), p) for p in folder.glob("step_*") if (m := _SAVED.match(p.name))]
@@ -159,7 +150,7 @@ def newest_file(folder: Path) -> Path | None:
 def from_hub(text: str) -> Path:
     """Download `hf:owner/name` or `hf:owner/name/file` and what lies beside it; the file's path.
 
-    Without a file's name, the repository's only `.safetensors` file or the last `step_N` is taken.
+    Without a file's name it must be plain which is meant, see `_choose`.
     """
     owner, _, rest = text.removeprefix(HUB).partition("/")
     name, _, wanted = rest.partition("/")
@@ -188,12 +179,16 @@ def from_hub(text: str) -> Path:
         raise ModelError(f"{text} cannot be downloaded: {reason}") from None
 
 
-def _choose(text: str, files: list[str]) -> str:
-    safe = [f for f in files if f.endswith(".safetensors")]
+def _choose(text: str, names: list[str]) -> str:
+    """The file that must be meant: the only .safetensors, the last step_N, the only binary one."""
+    safe = [f for f in names if f.endswith(".safetensors")]
+    saved = [(int(m[1]), f) for f in names if (m := _SAVED.match(f.rpartition("/")[2]))]
+    binary = [f for f in names if Path(f).suffix not in _TEXTS and not Path(f).name.startswith(".")]
     if len(safe) == 1:
         return safe[0]
-    saved = [(int(m[1]), f) for f in files if (m := _SAVED.match(f.rpartition("/")[2]))]
-    if not saved:
-        shown = ", ".join((safe or files)[:8]) or "nothing"
-        raise ModelError(f"{text}: name a file of it, as in {text}/FILE; it holds {shown}")
-    return max(saved)[1]
+    if saved:
+        return max(saved)[1]
+    if len(binary) == 1:
+        return binary[0]
+    shown = ", ".join((safe or binary or names)[:8]) or "nothing"
+    raise ModelError(f"{text}: name a file of it, as in {text}/FILE; it holds {shown}")

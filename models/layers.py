@@ -195,8 +195,7 @@ class ConvSwiGLU(SwiGLU):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        gate, up = self.gate_up(x_BLD).chunk(2, dim=-1)
-        return self.down(F.silu(self.conv(F.silu(gate) * up)))
+        return self.down(F.silu(self.conv(gated_silu(self.gate_up(x_BLD)))))
 
 
 class RotaryTable(nn.Module):

@@ -131,6 +131,8 @@ def read_state(content: Mapping[str, Any]) -> ForeignState:
             average, step = content.get("ema_shadow") or content.get("ema"), content.get("step")
             content = content[key]
             break
+    if isinstance(average, Mapping) and isinstance(average.get("shadow"), Mapping):
+        average = average["shadow"]
     weights, reference = _renamed(content)
     shadow = _renamed(average)[0] if isinstance(average, Mapping) else None
     return ForeignState(weights, shadow, step if isinstance(step, int) else None, reference)

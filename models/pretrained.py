@@ -75,7 +75,9 @@ class Solver:
         ids = torch.as_tensor(puzzle_ids).reshape(-1).expand(len(rows))
         if int(ids.min()) < 0 or int(ids.max()) >= dims.num_puzzle_ids:
             raise ModelError(f"puzzle_ids should be 0 to {dims.num_puzzle_ids - 1}")
-        limit = max_steps or self.model.config.halt_max_steps
+        limit = self.model.config.halt_max_steps if max_steps is None else max_steps
+        if limit < 1 or batch_size < 1:
+            raise ModelError("max_steps and batch_size should be at least 1")
         parts = [
             self._think(rows[i : i + batch_size], ids[i : i + batch_size], limit, stop_early)
             for i in range(0, len(rows), batch_size)
@@ -210,7 +212,8 @@ def describe_file(path: Path, weights: str = "ema") -> Described:
     try:
         name, fields, dims = describe(tensors, files.reference_config(path))
     except (KeyError, ValidationError) as error:
-        raise ModelError(f"{path} belongs to no model known here: {error.args[0]}") from None
+        reason = error.args[0] if error.args else str(error).splitlines()[1]
+        raise ModelError(f"{path} belongs to no model known here: {reason}") from None
     return name, fields, dims, tensors
 
 

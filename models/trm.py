@@ -28,11 +28,16 @@ class TRMConfig(RecursiveConfig):
     L_layers: int = Field(2, ge=1, le=1024, description="blocks in the network")
 
     @model_validator(mode="after")
-    def _check_mixer(self) -> TRMConfig:
+    def _check(self) -> TRMConfig:
         if not self.has_attention and self.pos_encodings == "rope":
             raise ValueError("pos_encodings=rope needs mixer=attention; use none or learned")
         if not self.has_attention and self.causal:
             raise ValueError("causal=true needs mixer=attention, as arch=trm has")
+        if self.latents > self.L_cycles:
+            raise ValueError(
+                f"latents={self.latents} is more than L_cycles={self.L_cycles}: some would never "
+                "be updated"
+            )
         return self
 
     @property

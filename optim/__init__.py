@@ -11,20 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optim.adam_atan2 import AdamATan2, adam_atan2_update
+    from optim.adam_mini import AdamMini, adam_mini_update
     from optim.adamw import AdamW, adamw_update
     from optim.base import DeviceOptimizer
     from optim.clip import clip_grad_norm, clip_scale, global_grad_norm
-    from optim.config import OPTIMIZERS, AdamATan2Config, AdamWConfig, MuonConfig, OptimizerConfig
+    from optim.config import (
+        OPTIMIZERS,
+        AdamATan2Config,
+        AdamMiniConfig,
+        AdamWConfig,
+        MuonConfig,
+        OptimizerConfig,
+    )
     from optim.ema import EMA
-    from optim.muon import Muon, muon_update
+    from optim.muon import Muon
+    from optim.muon_rule import muon_update
     from optim.orthogonal import newton_schulz
     from optim.partition import partition_parameters
     from optim.schedule import learning_rate
     from optim.sparse_signsgd import SparseSignSGD, sparse_signsgd_update
+    from optim.telemetry import Telemetry
 
 _HOME = {
     "AdamATan2": "adam_atan2",
     "adam_atan2_update": "adam_atan2",
+    "AdamMini": "adam_mini",
+    "adam_mini_update": "adam_mini",
     "AdamW": "adamw",
     "adamw_update": "adamw",
     "DeviceOptimizer": "base",
@@ -33,17 +45,19 @@ _HOME = {
     "global_grad_norm": "clip",
     "OPTIMIZERS": "config",
     "AdamATan2Config": "config",
+    "AdamMiniConfig": "config",
     "AdamWConfig": "config",
     "OptimizerConfig": "config",
     "MuonConfig": "config",
     "EMA": "ema",
     "Muon": "muon",
-    "muon_update": "muon",
+    "muon_update": "muon_rule",
     "newton_schulz": "orthogonal",
     "partition_parameters": "partition",
     "learning_rate": "schedule",
     "SparseSignSGD": "sparse_signsgd",
     "sparse_signsgd_update": "sparse_signsgd",
+    "Telemetry": "telemetry",
 }
 
 __all__ = [
@@ -51,6 +65,8 @@ __all__ = [
     "OPTIMIZERS",
     "AdamATan2",
     "AdamATan2Config",
+    "AdamMini",
+    "AdamMiniConfig",
     "AdamW",
     "AdamWConfig",
     "DeviceOptimizer",
@@ -58,7 +74,9 @@ __all__ = [
     "MuonConfig",
     "OptimizerConfig",
     "SparseSignSGD",
+    "Telemetry",
     "adam_atan2_update",
+    "adam_mini_update",
     "adamw_update",
     "clip_grad_norm",
     "clip_scale",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optim.adam_like import AdamLike
-from optim.base import Fused, Params, work_dtype
+from optim.base import Fused, Half, Params, work_dtype
 from optim.base import bias_correction as _correction
 
 BiasCorrection = Literal["outside", "inside"]
@@ -86,6 +86,7 @@ class AdamATan2(AdamLike):
         b: scale of the second moment.
         bias_correction: "outside" the atan2 (the original) or "inside".
         fused: see DeviceOptimizer.
+        half: see DeviceOptimizer.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class AdamATan2(AdamLike):
         b: float = 1.0,
         bias_correction: BiasCorrection = "outside",
         fused: Fused | None = None,
+        half: Half = "nearest",
     ) -> None:
         super().__init__(
             params,
@@ -108,6 +110,7 @@ class AdamATan2(AdamLike):
                 "a": a,
                 "b": b,
                 "bias_correction": bias_correction,
+                "half": half,
             },
             fused,
         )

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 
 from optim.base import DeviceOptimizer, GroupStep, scalar
-from optim.kernels.table import addresses_of
+from optim.kernels.table import addresses_of, same_objects
 
 if TYPE_CHECKING:
     from optim.ema import EMA
     from optim.kernels.launch import AdamLaunch
+    from optim.kernels.mini_launch import MiniLaunch
     from optim.kernels.muon_launch import MuonLaunch
 
 _NO_OPTIONS = ("params", "lr", "param_names")
@@ -27,12 +31,13 @@ class Bucket:
 
     params: list[Tensor]
     names: frozenset[str]
-    launch: AdamLaunch | MuonLaunch
+    launch: AdamLaunch | MiniLaunch | MuonLaunch
 
     def __post_init__(self) -> None:
         self.dtypes = [p.dtype for p in self.params]
         self.strides = [p.stride() for p in self.params]
         self.home = addresses_of(self.params)
+        self.seen: list[ReferenceType[Tensor]] = []  # gradients that fitted
 
     def pointers(self) -> tuple[int, ...] | None:
         """Addresses of parameters and gradients; None where the launch does not fit them."""
@@ -41,9 +46,15 @@ class Bucket:
             given = addresses_of(grads)
         except (TypeError, RuntimeError):
             return None
-        home = addresses_of(self.params)
-        fits = home == self.home and [g.dtype for g in grads] == self.dtypes
-        return home + given if fits and [g.stride() for g in grads] == self.strides else None
+        if addresses_of(self.params) != self.home:
+            return None
+        if not same_objects(grads, self.seen):
+            if [g.dtype for g in grads] != self.dtypes or [
+                g.stride() for g in grads
+            ] != self.strides:
+                return None
+            self.seen = [ref(g) for g in grads]
+        return self.home + given
 
 
 @dataclass
@@ -67,7 +78,8 @@ class Last:
     group: dict[str, Any]
     count: int  # parameters of the group
     absent: list[Tensor]  # had no gradient
-    options: tuple[Any, ...]
+    read: Callable[[dict[str, Any]], Any]  # the options of the group
+    options: Any
     rate: float | None  # of the EMA
     fused: str
     plan: Plan
@@ -87,12 +99,8 @@ class AdamLike(DeviceOptimizer):
         """Name of the rule in the kernel, and its numbers besides betas and weight decay."""
         raise NotImplementedError
 
-    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What `_kernel_rule` and `numbers` read from a group."""
-        return tuple([v for k, v in group.items() if k not in _NO_OPTIONS])
-
     def _ready(self, index: int, group: dict[str, Any]) -> GroupStep | None:
-        last: Last | None = self.__dict__.setdefault("_last", {}).get(index)
+        last: Last | None = self._last.get(index) if "_last" in self.__dict__ else None
         if (
             last is None
             or last.group is not group
@@ -100,8 +108,8 @@ class AdamLike(DeviceOptimizer):
             or last.count != len(group["params"])
             or last.plan.ema is not self.ema
             or last.rate != (None if self.ema is None else self.ema.rate)
-            or last.options != self._options(group)
-            or any(p.grad is not None for p in last.absent)
+            or last.options != last.read(group)
+            or (last.absent and any(p.grad is not None for p in last.absent))
         ):
             return None
         pointers = [bucket.pointers() for bucket in last.plan.buckets]
@@ -130,7 +138,7 @@ class AdamLike(DeviceOptimizer):
     ) -> list[Tensor]:
         from optim.kernels.launch import numbers
 
-        plan = self._plan_of(params, self._plan)
+        plan = self._plan_of(group, params)
         rule, extra = self._kernel_rule(group)
         for bucket in plan.buckets:
             if bucket.names:
@@ -141,13 +149,17 @@ class AdamLike(DeviceOptimizer):
         self._remember(group, plan, lr)
         return plan.rest
 
-    def _plan_of(self, params: list[Tensor], make: Callable[[list[Tensor]], Plan]) -> Plan:
+    def _plan_of(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
         """The plan of these parameters, made where there is none or it does not hold any more."""
-        plans: dict[tuple[int, ...], Plan] = self.__dict__.setdefault("_plans", {})
-        key = tuple(map(id, params))
+        plans: dict[tuple[Any, ...], Plan] = self.__dict__.setdefault("_plans", {})
+        key = (*self._plan_options(group), *map(id, params))
         if key not in plans or not plans[key].holds(self.ema):
-            plans[key] = make(params)
+            plans[key] = self._plan(group, params)
         return plans[key]
+
+    def _plan_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """Options of a group that a plan depends on."""
+        return (group.get("half"),)
 
     def _remember(self, group: dict[str, Any], plan: Plan, lr: Tensor) -> None:
         """Let `_ready` repeat this step, if all of the group's gradients were in it."""
@@ -157,20 +169,36 @@ class AdamLike(DeviceOptimizer):
         last = self.__dict__.setdefault("_last", {})
         last.pop(index, None)
         if whole and plan.buckets and not plan.rest:
-            options = self._options(group)
+            read = itemgetter(*(k for k in group if k not in _NO_OPTIONS))
             rate = None if self.ema is None else self.ema.rate
-            fixed = (len(group["params"]), absent, options, rate, self.fused, plan, lr.device)
+            fixed = (
+                len(group["params"]),
+                absent,
+                read,
+                deepcopy(read(group)),
+                rate,
+                self.fused,
+                plan,
+                lr.device,
+            )
             last[index] = Last(group, *fixed)
 
-    def _plan(self, params: list[Tensor]) -> Plan:
+    def _plan(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
         """The buckets that one launch each takes, and the rest."""
         from optim.kernels.launch import AdamLaunch, supported
 
-        buckets = [
-            Bucket(some, names, AdamLaunch(some, [self.state[p] for p in some], shadows))
-            for some, names, shadows in self._split([p for p in params if supported(p)])
-        ]
+        buckets = []
+        for some, names, shadows in self._split([p for p in params if supported(p)]):
+            states = [self.state[p] for p in some]
+            launch = AdamLaunch(some, states, shadows, self._seeds(group, some))
+            buckets.append(Bucket(some, names, launch))
         return Plan(params, self.ema, buckets, [p for p in params if not supported(p)])
+
+    def _seeds(self, group: dict[str, Any], params: list[Tensor]) -> list[int] | None:
+        """Numbers for stochastic rounding, where the group asks for it and the dtype allows it."""
+        if group.get("half") != "stochastic" or params[0].dtype != torch.bfloat16:
+            return None
+        return [self._number(p) for p in params]
 
     def _split(
         self, params: list[Tensor]

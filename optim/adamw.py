@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optim.adam_like import AdamLike, same_order
-from optim.base import Fused, Params, bias_correction, work_dtype
+from optim.base import Fused, Half, Params, bias_correction, work_dtype
 
 
 def adamw_update(
@@ -70,6 +70,7 @@ class AdamW(AdamLike):
         eps: added to the root of the second moment.
         weight_decay: decoupled; a step takes `lr * weight_decay` of a weight.
         fused: see DeviceOptimizer.
+        half: see DeviceOptimizer.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class AdamW(AdamLike):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         fused: Fused | None = None,
+        half: Half = "nearest",
     ) -> None:
         options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        options["half"] = half
         super().__init__(params, options, fused)
 
     def _update(

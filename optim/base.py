@@ -1,32 +1,38 @@
-"""What the optimizers share: state on the device, gating without a host synchronization, errors."""
+"""What the optimizers share: a step that never waits for the device."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from copy import deepcopy
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from optim.checks import check_grad, check_lr, check_options, check_param, match_groups
+from optim.checks import check_grad
 from optim.clip import clip_scale, global_grad_norm
+from optim.groups import DeviceState, Fused, Half, Params, work_dtype
 from optim.kernels import available
+from optim.rounding import stochastic_round
 
 if TYPE_CHECKING:
     from optim.ema import EMA
 
-Fused = Literal["off", "auto", "on"]
+__all__ = [
+    "DeviceOptimizer",
+    "Fused",
+    "GroupStep",
+    "Half",
+    "Params",
+    "bias_correction",
+    "scalar",
+    "work_dtype",
+    "write_gated",
+]
+
 GroupStep = Callable[[Tensor | None, Tensor | None], None]  # of grad_scale, found_inf
-Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype an update computes in: float64 for float64, else float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def bias_correction(step: Tensor, beta: float) -> Tensor:
@@ -35,13 +41,13 @@ def bias_correction(step: Tensor, beta: float) -> Tensor:
     Written as `-expm1(step * log(beta))`, which loses no digits to the subtraction: the relative
     error is that of the product, at any step and for any beta.
     """
-    if beta == 0.0:
-        return torch.ones_like(step)
     dtype = torch.float32 if step.device.type == "mps" else torch.float64
+    if beta == 0.0:
+        return torch.ones_like(step, dtype=dtype)
     return -torch.expm1(step.to(dtype) * math.log(beta))
 
 
-class DeviceOptimizer(torch.optim.Optimizer):
+class DeviceOptimizer(DeviceState):
     """An optimizer whose step never waits for the device.
 
     * Moments, `step` (0-dim float32 per parameter) and `lr` (0-dim per group) are device tensors,
@@ -49,6 +55,9 @@ class DeviceOptimizer(torch.optim.Optimizer):
     * `group["lr"]` takes a float or a tensor at any time; its value is copied into the group's own
       tensor (float64 on the CPU or beside float64 parameters, else float32). `set_lr` does so
       at once; with a captured step, use that.
+    * A group's `half` says how float16 and bfloat16 parameters take an update: rounded to the
+      "nearest"; rounded up or down by chance ("stochastic", bfloat16 only; a function of the
+      step, so runs repeat); or as a copy of a float32 "master" in the state.
     * A subclass names its moments and implements `_rule`, the pure update of one parameter. What
       is here applies that rule in place; `_update` may be overridden with something faster.
 
@@ -62,103 +71,9 @@ class DeviceOptimizer(torch.optim.Optimizer):
         ValueError, TypeError: one sentence that names the parameter or the option.
     """
 
-    moments: ClassVar[tuple[str, ...]] = ()
-    counts_steps: ClassVar[bool] = True
     accepts_sparse: ClassVar[bool] = False
-    fused: Fused = "off"
     ema: EMA | None = None  # set by EMA.attach
     _step_supports_amp_scaling = True
-
-    def __init__(
-        self, params: Params, defaults: dict[str, Any], fused: Fused | None = None
-    ) -> None:
-        if fused not in (None, "off", "auto", "on"):
-            raise ValueError(f"fused must be 'off', 'auto' or 'on', got {fused!r}")
-        self.fused = type(self).fused if fused is None else fused
-        self._lr_tensors: list[Tensor] = []
-        super().__init__(params, defaults)
-
-    # Groups and state
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group (see torch.optim.Optimizer), with its state; on an error nothing is added."""
-        group = dict(param_group)
-        params = group["params"]
-        if not isinstance(params, (Tensor, set)):
-            params = list(params)
-        group["params"] = params
-        for item in [params] if isinstance(params, Tensor) else params:
-            check_param(item)
-        names = [id(p[1] if isinstance(p, tuple) else p) for p in group["params"]]
-        if len(set(names)) != len(names):
-            raise ValueError("a parameter appears twice in one parameter group")
-        self._check_options({**self.defaults, **group})
-        super().add_param_group(group)
-        group = self.param_groups[-1]
-        self._lr_tensors.append(self._own_lr(group))
-        for p in group["params"]:
-            self.state[p] = self._new_state(group, p)
-
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the tensors that a parameter of this group keeps beside its step."""
-        return self.moments
-
-    def _new_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {}
-        if self.counts_steps:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        for name in self._moments(group):
-            state[name] = torch.zeros_like(
-                param, dtype=work_dtype(param.dtype), requires_grad=False
-            ).detach()
-        return state
-
-    def _own_lr(self, group: dict[str, Any]) -> Tensor:
-        """Make `group["lr"]` a tensor that belongs to this group alone; returns it."""
-        params, lr = group["params"], group["lr"]
-        device = params[0].device if params else torch.device("cpu")
-        wide = device.type == "cpu" or any(p.dtype == torch.float64 for p in params)
-        own = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
-        group["lr"] = self._write_lr(own, lr)
-        return own
-
-    @staticmethod
-    @torch.no_grad()
-    def _write_lr(own: Tensor, value: float | Tensor) -> Tensor:
-        if isinstance(value, Tensor):
-            return own.copy_(value.detach().reshape(()), non_blocking=True)
-        check_lr(value)
-        return own.fill_(value)
-
-    def set_lr(self, value: float | Tensor) -> None:
-        """Copy `value` into the learning rate of every group now, without a synchronization."""
-        for group, own in zip(self.param_groups, self._lr_tensors, strict=True):
-            group["lr"] = self._write_lr(own, value)
-
-    def _sync_lr(self) -> None:
-        """Copy learning rates that were assigned since the last step into the groups' tensors."""
-        for group, own in zip(self.param_groups, self._lr_tensors, strict=True):
-            if group["lr"] is own:
-                continue
-            if own.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "lr was assigned before the step was captured and would be frozen into the "
-                    "graph: use set_lr() before and between replays"
-                )
-            group["lr"] = self._write_lr(own, group["lr"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "fused": self.fused}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._lr_tensors = [self._own_lr(g) for g in self.param_groups]
-
-    def _check_options(self, group: dict[str, Any]) -> None:
-        """Raise for hyperparameters out of range; subclasses check their own and call this."""
-        check_options(group)
-
-    # The step
 
     def step(
         self,
@@ -260,14 +175,17 @@ class DeviceOptimizer(torch.optim.Optimizer):
             Two 0-dim tensors, as of `global_grad_norm` and `clip_scale`; where it is fused, the
             next call overwrites them.
         """
-        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        if params and max_norm >= 0 and self._uses_kernels(params[0].device):
-            from optim.kernels.launch import fused_norm
+        found = [p.grad for g in self.param_groups for p in g["params"]]
+        grads = [g for g in found if g is not None]
+        if grads and max_norm >= 0 and self._uses_kernels(grads[0].device):
+            if "_norms" not in self.__dict__:
+                from optim.kernels.launch import NormLaunches
 
-            fused = fused_norm(self.__dict__.setdefault("_norms", {}), params, max_norm)
+                self._norms = NormLaunches()
+            fused = self._norms.run(grads, max_norm)
             if fused is not None:
                 return fused
-        norm = global_grad_norm(params)
+        norm = global_grad_norm(grads)
         return norm, clip_scale(norm, max_norm)
 
     def _launch(
@@ -314,9 +232,34 @@ class DeviceOptimizer(torch.optim.Optimizer):
         grad = grad if grad_scale is None else grad / grad_scale
         if self.counts_steps:
             state["step"] += 1 if found_inf is None else ~found_inf
-        new = self._rule(group, p, grad, state, lr)
-        for old, value in zip((p, *(state[m] for m in self._moments(group))), new, strict=True):
-            old.copy_(value if found_inf is None else torch.where(found_inf, old, value))
+        new = self._rule(group, self._wide(group, p), grad, state, lr)
+        writes = self._narrow(group, p, new[0])
+        writes += zip((state[m] for m in self._moments(group)), new[1:], strict=True)
+        write_gated(writes, found_inf)
+
+    def _wide(self, group: dict[str, Any], p: Tensor) -> Tensor:
+        """What an update starts from: `p`, its master, or `p` in float32 to be rounded later."""
+        stochastic = group.get("half") == "stochastic" and p.dtype == torch.bfloat16
+        return self.state[p].get("master", p.float() if stochastic else p)
+
+    def _narrow(self, group: dict[str, Any], p: Tensor, new: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What is to be written for `new`, an update of what `_wide` gave: (target, value) pairs.
+
+        Called when the step has been counted.
+        """
+        if "master" in self.state[p]:
+            return [(self.state[p]["master"], new), (p, new.to(p.dtype))]
+        if new.dtype != p.dtype:
+            new = stochastic_round(new, self._number(p), self.state[p]["step"])
+        return [(p, new)]
+
+    def _number(self, p: Tensor) -> int:
+        """The place of a parameter among all of this optimizer: the seed of its noise."""
+        numbers = self.__dict__.setdefault("_numbers", {})
+        if p not in numbers:
+            every = (q for g in self.param_groups for q in g["params"])
+            numbers.update({q: i for i, q in enumerate(every)})
+        return numbers[p]
 
     def _rule(
         self,
@@ -329,32 +272,11 @@ class DeviceOptimizer(torch.optim.Optimizer):
         """The new parameter and the new moments, in the order of `_moments`; changes nothing."""
         raise NotImplementedError
 
-    # Saving and loading
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a saved state into the tensors of this optimizer, in place (addresses stay).
-
-        Options of the groups are taken from the saved ones; every tensor keeps the dtype and the
-        device it has here.
-
-        Raises:
-            ValueError: if groups, names or shapes differ; then nothing has been loaded.
-        """
-        saved = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            saved = hook(self, saved) or saved
-        groups = saved["param_groups"]
-        copies = match_groups(saved, self.param_groups, self.state, self._check_options)
-        for theirs, ours in zip(groups, self.param_groups, strict=True):
-            ours.update(deepcopy({k: v for k, v in theirs.items() if k != "params"}))
-            if "betas" in ours:  # JSON has no tuples
-                ours["betas"] = tuple(ours["betas"])
-        with torch.no_grad():
-            for target, value in copies:
-                target.copy_(value)
-        self._sync_lr()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+def write_gated(writes: Iterable[tuple[Tensor, Tensor]], found_inf: Tensor | None) -> None:
+    """Copy each value into its target; where `found_inf` is true every bit stays."""
+    for target, value in writes:
+        target.copy_(value if found_inf is None else torch.where(found_inf, target, value))
 
 
 def _observed(optimizer: torch.optim.Optimizer) -> bool:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def warn(message: str) -> None:
+    """A UserWarning that points at the first line outside of this package and torch.optim."""
+    homes = {Path(__file__).parent, Path(torch.optim.__file__).parent}
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and Path(frame.f_code.co_filename).parent in homes:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def check_param(item: Tensor | tuple[str, Tensor]) -> None:
@@ -24,6 +37,8 @@ def check_param(item: Tensor | tuple[str, Tensor]) -> None:
         raise ValueError(f"{what} has layout {p.layout}: parameters must be dense")
     if p.is_complex():
         raise ValueError(f"{what} is complex, which no optimizer here supports")
+    if p.device.type not in DEVICES:
+        raise ValueError(f"{what} is on {p.device}: supported are {', '.join(DEVICES)}")
     if p.dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"{what} is {p.dtype}: supported are {names}")
@@ -44,6 +59,8 @@ def check_options(group: Mapping[str, Any]) -> None:
     for name in ("weight_decay", "eps"):
         if not 0.0 <= group.get(name, 0.0) < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}")
+    if group.get("half", "nearest") not in ("nearest", "stochastic", "master"):
+        raise ValueError(f"half must be 'nearest', 'stochastic' or 'master', got {group['half']!r}")
     betas = group.get("betas", (0.0, 0.0))
     if len(betas) != 2:
         raise ValueError(f"betas must be two numbers, got {betas}")

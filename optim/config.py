@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
     from optim.base import DeviceOptimizer
+
+logger = logging.getLogger(__name__)
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -22,7 +25,7 @@ class OptimizerConfig(BaseModel):
 
     name: str = Field(description="which optimizer: a key of OPTIMIZERS")
     fused: Literal["off", "auto", "on"] = Field(
-        "off", description="Triton kernels: auto uses them on CUDA; on fails without Triton"
+        "auto", description="Triton kernels: auto uses them on CUDA; on fails without Triton"
     )
 
     def build(
@@ -119,8 +122,48 @@ class MuonConfig(OptimizerConfig):
         return Muon(named_parameters, lr, **self.model_dump(exclude={"name"}))
 
 
+class AdamMiniConfig(OptimizerConfig):
+    """AdamW with one second moment per block of a parameter (head, neuron, token, tensor)."""
+
+    name: Literal["adam_mini"] = Field(
+        "adam_mini", description="which optimizer: a key of OPTIMIZERS"
+    )
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.95), description="decay rates of the first and the second moment, in [0, 1)"
+    )
+    eps: float = Field(1e-8, ge=0.0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        0.1, ge=0.0, description="decoupled decay: each step takes lr * weight_decay of a weight"
+    )
+    num_heads: int | None = Field(
+        None, ge=1, description="attention heads of the model, for the blocks of queries and keys"
+    )
+    num_kv_heads: int | None = Field(
+        None, ge=1, description="heads of keys and values, where there are fewer"
+    )
+    state: Literal["fp32", "bf16", "fp8"] = Field(
+        "fp32", description="format of the first moment; fp8 is e4m3 with a scale per block"
+    )
+    print_partition: bool = Field(
+        False, description="whether the log shows the blocks of every parameter"
+    )
+
+    def build(
+        self, named_parameters: Sequence[tuple[str, Parameter]], lr: float
+    ) -> DeviceOptimizer:
+        """The optimizer over `named_parameters` at learning rate `lr`."""
+        from optim.adam_mini import AdamMini
+
+        options = self.model_dump(exclude={"name", "print_partition"})
+        optimizer = AdamMini(named_parameters, lr, **options)
+        if self.print_partition:
+            logger.info("blocks of Adam-mini:\n%s", optimizer.partition)
+        return optimizer
+
+
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "adam_atan2": AdamATan2Config,
     "adamw": AdamWConfig,
+    "adam_mini": AdamMiniConfig,
     "muon": MuonConfig,
 }

@@ -7,8 +7,6 @@ arXiv:2502.16982.
 
 from __future__ import annotations
 
-import math
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,70 +15,12 @@ from torch import Tensor
 from optim.adam_atan2 import adam_atan2_update
 from optim.adam_like import AdamLike, Bucket, Plan, same_order
 from optim.adamw import adamw_update
-from optim.base import Fused, Params, work_dtype
+from optim.base import Fused, Half, Params, work_dtype, write_gated
+from optim.muon_rule import Scaling, update_scale
 from optim.orthogonal import COEFFICIENTS, Coefficients, iterations, newton_schulz
 from optim.partition import partition_parameters
 
-Scaling = Literal["moonlight", "keller"]
 _TO_ADAM = ("vector", "embedding", "head")
-
-
-def update_scale(rows: int, columns: int, scaling: Scaling) -> float:
-    """What an orthogonalized (rows, columns) matrix is multiplied by, beside the learning rate.
-
-    "moonlight": 0.2 * sqrt(max(rows, columns)), so that an update is as large as one of AdamW and
-    one learning rate serves both; "keller": sqrt(max(1, rows / columns)).
-    """
-    if scaling == "moonlight":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))
-
-
-def muon_update(
-    param: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
-    lr: float | Tensor,
-    *,
-    momentum: float = 0.95,
-    nesterov: bool = True,
-    weight_decay: float = 0.1,
-    scaling: Scaling = "moonlight",
-    ns_steps: int = 5,
-    coefficients: Coefficients = "quintic",
-    pieces: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """The rule, as a pure function of one matrix.
-
-        M = momentum * M + G
-        U = G + momentum * M       (nesterov, else M)
-        P = P * (1 - lr * weight_decay) - lr * scale * newton_schulz(U)
-
-    Args:
-        param: (rows, columns).
-        grad: of that shape.
-        momentum_buffer: M, of that shape, in the dtype of the arithmetic.
-        lr: a number or a 0-dim tensor.
-        momentum: decay of M, in [0, 1).
-        nesterov: whether to look one step ahead.
-        weight_decay: decoupled.
-        scaling: see `update_scale`.
-        ns_steps: iterations of `newton_schulz`.
-        coefficients: of `newton_schulz`.
-        pieces: matrices stacked along the rows, each orthogonalized (and scaled) on its own.
-
-    Returns:
-        New (param, M).
-    """
-    dtype = work_dtype(param.dtype)
-    p, g = param.to(dtype), grad.to(dtype)
-    m = momentum_buffer * momentum + g
-    u = g + momentum * m if nesterov else m
-    u = u.reshape(pieces, -1, param.shape[1])
-    o = newton_schulz(u, ns_steps, coefficients=coefficients)
-    size = lr * update_scale(*u.shape[1:], scaling)
-    p = p * (1.0 - lr * weight_decay) - size * o.to(dtype).reshape(param.shape)
-    return p.to(param.dtype), m
 
 
 class Muon(AdamLike):
@@ -107,6 +47,7 @@ class Muon(AdamLike):
         betas: its decay rates.
         eps: of "adamw".
         fused: of the rest, see DeviceOptimizer.
+        half: see DeviceOptimizer.
     """
 
     def __init__(
@@ -125,6 +66,7 @@ class Muon(AdamLike):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         fused: Fused | None = None,
+        half: Half = "nearest",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -139,6 +81,7 @@ class Muon(AdamLike):
             "adam_lr_scale": adam_lr_scale,
             "betas": tuple(betas),
             "eps": eps,
+            "half": half,
         }
         super().__init__(params, defaults, fused)
 
@@ -156,7 +99,7 @@ class Muon(AdamLike):
         # What is no tensor, or appears twice, is named by the check of the base class.
         sound = all(isinstance(p, Tensor) for _, p in named)
         sound = sound and len({id(p) for _, p in named}) == len(named)
-        parts = partition_parameters(named) if sound else []
+        parts = partition_parameters(named, warn=False) if sound else []
         for item, part in zip(items, parts, strict=False):
             muon = part.role not in _TO_ADAM and part.param.ndim == 2
             groups.setdefault("muon" if muon else "adam", []).append(item)
@@ -233,7 +176,7 @@ class Muon(AdamLike):
             return super()._launch(group, params, lr, grad_scale, found_inf)
         from optim.kernels.muon_launch import Options
 
-        plan = self._plan_of(params, partial(self._plan_muon, group))
+        plan = self._plan_of(group, params)
         rows, safety = iterations(group["coefficients"], group["ns_steps"])
         for bucket in plan.buckets:
             rate = self.ema.begin_fused(bucket.names) if bucket.names else 1.0
@@ -246,11 +189,18 @@ class Muon(AdamLike):
         self._remember(group, plan, lr)
         return plan.rest
 
-    def _plan_muon(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
+    def _plan_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        pieces = tuple(group["pieces"] or ())
+        return (*super()._plan_options(group), group["scaling"], pieces)
+
+    def _plan(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
+        if group["kind"] == "adam":
+            return super()._plan(group, params)
         from optim.kernels.muon_launch import MuonLaunch, supported
 
         pieces = _pieces(group)
-        taken = [p for p in params if supported(p, pieces[id(p)])]
+        # the kernels round to the nearest
+        taken = [p for p in params if self._wide(group, p) is p and supported(p, pieces[id(p)])]
         buckets = []
         for some, names, shadows in self._split(taken):
             own = [pieces[id(p)] for p in some]
@@ -329,14 +279,20 @@ class Muon(AdamLike):
         """Orthogonalize matrices of one shape (or its transpose) as one batch; update `params`."""
         pieces = [_pieces(group)[id(p)] for p in params]
         stacks = [u.reshape(n, -1, u.shape[1]) for n, u in zip(pieces, ahead, strict=True)]
-        wide = [s.shape[1] <= s.shape[2] for s in stacks]
-        x = torch.cat([s if w else s.mT for s, w in zip(stacks, wide, strict=True)])
-        x = newton_schulz(x, group["ns_steps"], coefficients=group["coefficients"])
-        for p, w, s, o in zip(params, wide, stacks, x.split(pieces), strict=True):
+        lying = [s.shape[1] <= s.shape[2] for s in stacks]
+        x = torch.cat([s if w else s.mT for s, w in zip(stacks, lying, strict=True)])
+        x = newton_schulz(
+            x,
+            group["ns_steps"],
+            coefficients=group["coefficients"],
+            fused="off" if self.fused == "off" else "auto",
+        )
+        for p, w, s, o in zip(params, lying, stacks, x.split(pieces), strict=True):
             o = (o if w else o.mT).reshape(p.shape).to(s.dtype)
             size = lr * update_scale(*s.shape[1:], group["scaling"])
-            new = (p.to(s.dtype) * (1.0 - lr * group["weight_decay"]) - size * o).to(p.dtype)
-            p.copy_(new if found_inf is None else torch.where(found_inf, p, new))
+            wide = self._wide(group, p)
+            new = (wide.to(s.dtype) * (1.0 - lr * group["weight_decay"]) - size * o).to(wide.dtype)
+            write_gated(self._narrow(group, p, new), found_inf)
 
 
 def _pieces(group: dict[str, Any]) -> dict[int, int]:

@@ -1,12 +1,13 @@
 """Time one optimizer step of every implementation at hand, on the machine at hand.
 
-    python scripts/bench_optim.py [--sets trm7m …] [--only REGEX] [--out FILE.json]
+    python scripts/bench_optim.py [--sets trm7m …] [--only REGEX] [--out FILE.json] [--plot FILE]
     python scripts/bench_optim.py --quick          # seconds, also on a CPU
 
 Device time: a CUDA graph of several steps, replayed between two events (without a graph where an
 implementation cannot be captured: marked ~). Wall: steps back to back, until the device is done.
 Host: until the calls have returned. Medians. The floor is a copy that moves the bytes the rule
-must move, measured in the same run.
+must move, measured in the same run. state: bytes per parameter that the optimizer keeps; peak: of
+the memory, in MiB. The set "transformer" trains a small Transformer for 1,000 steps instead.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from importlib.util import find_spec
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,107 +29,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from optim import EMA, AdamATan2, AdamW, Muon, SparseSignSGD
+from optim import SparseSignSGD
+from scripts.optimizers_at_hand import LR, Step, contenders, make_params, shapes_of
 
-Step = Callable[[], Any]
-SETS = ["trm7m", "single", "sparse", "gpt350m"]
-LR, MAX_NORM, RATE = 1e-4, 1.0, 0.999
-
-
-def shapes_of(name: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a parameter set."""
-    if name == "single":
-        return [("weight", (4096, 1024))]
-    if name == "tiny":
-        return [(f"blocks.{i}.weight", (64, 96)) for i in range(4)]
-    if name == "trm7m":  # two blocks of width 512, vocabulary 12
-        layer = {"qkv": (1536, 512), "out": (512, 512), "gate_up": (3072, 512), "down": (512, 1536)}
-        shapes = [(f"blocks.{i}.{k}.weight", s) for i in range(2) for k, s in layer.items()]
-        rest = {"tokens": (12, 512), "lm_head": (12, 512), "q_head": (2, 512), "q_head.bias": (2,)}
-        return shapes + list(rest.items())
-    layer = {"ln_1": (1024,), "qkv": (3072, 1024), "proj": (1024, 1024), "ln_2": (1024,)}
-    layer |= {"fc": (4096, 1024), "down": (1024, 4096)}
-    shapes = [(f"blocks.{i}.{k}.weight", s) for i in range(24) for k, s in layer.items()]
-    return [*shapes, ("embed", (50304, 1024)), ("ln_f", (1024,))]
-
-
-def make_params(name: str, device: str) -> list[tuple[str, Tensor]]:
-    """Fresh parameters with a gradient each."""
-    rng = torch.Generator(device).manual_seed(0)
-    named = []
-    for n, shape in shapes_of(name):
-        p = (torch.randn(shape, device=device, generator=rng) * 0.02).requires_grad_()
-        p.grad = torch.randn(shape, device=device, generator=rng) * 1e-3
-        named.append((n, p))
-    return named
-
-
-def contenders(device: str) -> dict[str, tuple[Callable[[list[tuple[str, Tensor]]], Step], int]]:
-    """Name → (from named parameters to a step, bytes per parameter the rule must move)."""
-    cuda = device == "cuda"
-    both = {"lr": LR, "betas": (0.9, 0.95), "weight_decay": 0.1}
-
-    def ours(cls: type, fused: str) -> Callable[[list[tuple[str, Tensor]]], Step]:
-        return lambda named: cls(named, LR, fused=fused).step
-
-    def theirs(**kind: bool) -> Callable[[list[tuple[str, Tensor]]], Step]:
-        options = {**both, **kind, "capturable": cuda}
-        return lambda named: torch.optim.AdamW([p for _, p in named], **options).step
-
-    def all_in_one(cls: type) -> Callable[[list[tuple[str, Tensor]]], Step]:
-        def build(named: list[tuple[str, Tensor]]) -> Step:
-            opt = cls(named, LR, fused="auto")
-            ema = EMA(named, RATE).attach(opt)
-
-            def step() -> None:
-                opt.step(grad_scale=opt.clip(MAX_NORM)[1])
-                ema.update()
-
-            return step
-
-        return build
-
-    def peers_in_turn(named: list[tuple[str, Tensor]]) -> Step:
-        params = [p for _, p in named]
-        opt = torch.optim.AdamW(params, **both, fused=True, capturable=cuda)
-        shadows = [p.detach().clone() for p in params]
-
-        def step() -> None:
-            torch.nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)
-            opt.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(shadows, [p.detach() for p in params], 1 - RATE)
-
-        return step
-
-    table = {
-        "ours AdamW": (ours(AdamW, "auto"), 28),
-        "ours AdamATan2": (ours(AdamATan2, "auto"), 28),
-        "ours AdamW, reference": (ours(AdamW, "off"), 28),
-        "ours AdamATan2, reference": (ours(AdamATan2, "off"), 28),
-        "torch AdamW, loop": (theirs(foreach=False), 28),
-        "torch AdamW, foreach": (theirs(foreach=True), 28),
-        "torch AdamW, fused": (theirs(fused=True), 28),
-        "clip + AdamW + EMA: ours": (all_in_one(AdamW), 40),
-        "clip + AdamATan2 + EMA: ours": (all_in_one(AdamATan2), 40),
-        "clip + AdamW + EMA: torch": (peers_in_turn, 40),
-        "ours Muon": (ours(Muon, "auto"), 20),
-    }
-    if find_spec("adam_atan2_pytorch"):
-        from adam_atan2_pytorch import AdamAtan2
-
-        table["adam-atan2-pytorch"] = (
-            lambda named: AdamAtan2([p for _, p in named], lr=LR, weight_decay=0.1).step,
-            28,
-        )
-    if find_spec("adam_mini"):
-        from adam_mini import Adam_mini
-
-        table["adam-mini, official"] = (
-            lambda named: Adam_mini(named_parameters=named, lr=LR, dim=512, n_heads=8).step,
-            20,
-        )
-    return table
+SETS = ["trm7m", "single", "sparse", "gpt350m", "transformer"]
 
 
 def device_ms(step: Step, steps: int, repeats: int) -> tuple[float, bool]:
@@ -232,6 +135,7 @@ def bench_set(name: str, args: argparse.Namespace, device: str) -> list[dict[str
                 row["single_ms"] = single_protocol_ms(named, step, n, device)
             best = row.get("device_ms", row["wall_ms"])
             row |= {"copy_ms": floors[size], "over_copy": best / floors[size]}
+            row["state_bytes"] = state_bytes(step, count)
             if device == "cuda":
                 row["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
         except Exception as error:  # one that fails here must not hide the others
@@ -270,6 +174,52 @@ def bench_sparse(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     return out
 
 
+def state_bytes(step: Step, count: int) -> float:
+    """Bytes per parameter that an optimizer keeps; NaN where it is not known."""
+    optimizer = getattr(step, "__self__", None) or getattr(step, "optimizer", None)
+    if optimizer is None:
+        return float("nan")
+    kept = [t for state in optimizer.state.values() for t in state.values()]
+    return sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor)) / count
+
+
+def bench_transformer(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    """Seconds and peak memory of a small training with every optimizer."""
+    from scripts import bench_transformer as task
+
+    steps = 5 if args.quick else 1000
+    data, rows = task.batches(steps, device), []
+    for label, factory in task.contenders().items():
+        if args.only and not re.search(args.only, label):
+            continue
+        seconds, peak, loss = task.train(factory, data, device)
+        rows.append({"set": "transformer", "optimizer": label, "seconds": seconds})
+        rows[-1] |= {"peak_MB": peak, "loss": loss}
+        print(
+            f"transformer {label:26} {seconds:8.2f} s {peak:8.0f} MB  loss {loss:.3f}", flush=True
+        )
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the time of a step over that of the copy, one panel per set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sets = [*dict.fromkeys(row["set"] for row in rows if "over_copy" in row)]
+    figure, axes = pyplot.subplots(len(sets), squeeze=False, figsize=(8, 3 * len(sets)))
+    for name, panel in zip(sets, axes[:, 0], strict=True):
+        some = [row for row in rows if row["set"] == name and "over_copy" in row]
+        panel.barh([row["optimizer"] for row in some], [row["over_copy"] for row in some])
+        panel.invert_yaxis()
+        panel.set_xscale("log")
+        panel.set_title(f"{name}: time over that of a copy")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def show(row: dict[str, Any]) -> None:
     """One line of the table."""
     if "error" in row:
@@ -278,7 +228,8 @@ def show(row: dict[str, Any]) -> None:
     mark = "" if row.get("graph", True) else "~"
     cells = [f"{mark}{row['device_ms']:.4f}" if "device_ms" in row else "-"]
     cells += [f"{row[k]:.4f}" for k in ("wall_ms", "host_ms", "copy_ms")]
-    cells += [f"{row['over_copy']:.2f}", f"{row['single_ms']:.4f}" if "single_ms" in row else ""]
+    cells += [f"{row['over_copy']:.2f}", f"{row['single_ms']:.4f}" if "single_ms" in row else "-"]
+    cells += [f"{row[k]:.1f}" if k in row else "-" for k in ("state_bytes", "peak_MiB")]
     print(f"{row['set']:8} {row['optimizer']:29}" + "".join(f"{c:>11}" for c in cells), flush=True)
 
 
@@ -288,19 +239,22 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=[*SETS, "tiny"])
     parser.add_argument("--only", help="regular expression over the names")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--plot", type=Path, help="draw the times into this file")
     parser.add_argument("--quick", action="store_true", help="few repeats, a tiny set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", "no rule of optim.partition")
     sets = args.sets or (["tiny", "sparse"] if args.quick else SETS)
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads; ms per step")
-    heads = ("device", "wall", "host", "copy", "x copy", "single")
+    heads = ("device", "wall", "host", "copy", "x copy", "single", "state", "peak")
     print(" " * 38 + "".join(f"{h:>11}" for h in heads))
     rows = []
+    special = {"sparse": bench_sparse, "transformer": bench_transformer}
     for s in sets:
-        rows += (
-            bench_sparse(args, args.device) if s == "sparse" else bench_set(s, args, args.device)
-        )
+        rows += special[s](args, args.device) if s in special else bench_set(s, args, args.device)
+    if args.plot:
+        plot(rows, args.plot)
     if args.out:
         report = {"device": name, "torch": torch.__version__, "rows": rows}
         args.out.write_text(json.dumps(report, indent=1) + "\n")

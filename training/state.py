@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import PuzzleDataset, make_train_loader
+from data import PuzzleDataset, make_train_loader, puzzle_names
 from models import ACT, Carry, build_model
-from models.files import identifiers
 from models.legacy import resize_puzzles
 from optim import EMA, SparseSignSGD
 from optim.base import DeviceOptimizer
@@ -147,16 +146,18 @@ class TrainState:
         """Take the weights, and nothing else, from a file.
 
         Puzzle embeddings of another dataset are kept where both datasets name their puzzles
-        (`identifiers.json` beside the file and in the folder `dataset`), else they start from
-        their mean. An average in the file becomes the average here.
+        (`identifiers.json` beside the file; the folder `dataset`), else they start from their
+        mean. An average in the file becomes the average here.
         """
         state = read_weights(start.path)
         own, name = self.model.state_dict(), "embedding.puzzles"
         for tensors in filter(None, (state.weights, state.average)):
             table = tensors.get(name)
-            if table is None or name not in own or table.ndim != 2 or len(table) == len(own[name]):
+            if table is None or name not in own or table.ndim != 2:
                 continue
-            there, here = identifiers(start.path.parent), identifiers(dataset)
+            there, here = puzzle_names(start.path.parent), puzzle_names(dataset)
+            if len(table) == len(own[name]) and (there == here or not (there and here)):
+                continue
             tensors[name] = resize_puzzles(table, len(own[name]), there, here)
             kept = len(set(there or ()) & set(here or ()))
             logger.info("%d puzzle embeddings in %s, %d here: %d kept by name, the others start "

@@ -6,9 +6,11 @@ other modules hold kernels, each beside the function that launches it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.util import find_spec
 
 
+@lru_cache(maxsize=1)
 def available() -> bool:
     """Whether Triton can be imported here."""
     return find_spec("triton") is not None

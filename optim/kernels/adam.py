@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from optim.kernels.atan2 import atan2
+from optim.kernels.formats import narrow, noise16, noise_key, widen
 
 # Float64 numbers of a launch, in the order of `launch.numbers`.
 LOG1, LOG2, KEEP1, KEEP2, TAKE1, TAKE2, DECAY, EPS, A, B, LR_SCALE, EMA_TAKE = (
@@ -15,16 +16,24 @@ LOG1, LOG2, KEEP1, KEEP2, TAKE1, TAKE2, DECAY, EPS, A, B, LR_SCALE, EMA_TAKE = (
 )
 
 
+STEPS = tl.constexpr(1 << 16)  # for which `powers` holds the corrections of AdamW
+
+
 @triton.jit
-def _corrections(t, numbers, RULE: tl.constexpr, POWF: tl.constexpr):
+def _corrections(t, numbers, powers, RULE: tl.constexpr, POWF: tl.constexpr):
     """1 - beta1^t and sqrt(1 - beta2^t), as float32.
 
-    AdamW takes the power in float32, as torch's kernel does: where 1 - beta^t cancels, anything
-    else is several ulp away from it. The other rules (and the interpreter) use float64.
+    AdamW wants the powers of torch's kernel to the bit: where 1 - beta^t cancels, anything else is
+    several ulp away from them. So torch's own are looked up, in `powers` (2, STEPS); later, where
+    nothing cancels any more, they are worked out in float32. The other rules (and the interpreter)
+    use float64.
     """
     if POWF and RULE == "adamw":
-        c1 = 1.0 - libdevice.pow(tl.load(numbers + KEEP1).to(tl.float32), t)
-        c2 = 1.0 - libdevice.pow(tl.load(numbers + KEEP2).to(tl.float32), t)
+        at = powers + tl.minimum(t, STEPS - 1.0).to(tl.int32)
+        late1 = 1.0 - libdevice.pow(tl.load(numbers + KEEP1).to(tl.float32), t)
+        late2 = 1.0 - libdevice.pow(tl.load(numbers + KEEP2).to(tl.float32), t)
+        c1 = tl.where(t < STEPS, tl.load(at), late1)
+        c2 = tl.where(t < STEPS, tl.load(at + STEPS), late2)
     else:
         c1 = (1.0 - tl.exp(t.to(tl.float64) * tl.load(numbers + LOG1))).to(tl.float32)
         c2 = (1.0 - tl.exp(t.to(tl.float64) * tl.load(numbers + LOG2))).to(tl.float32)
@@ -38,6 +47,9 @@ def _update(
     m_ptr,
     v_ptr,
     e_ptr,
+    master_ptr,
+    start,
+    key,
     left,
     lr,
     scale,
@@ -45,16 +57,26 @@ def _update(
     c2_root,
     numbers,
     RULE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_EMA: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk: pointers at its first element, `left` elements of the tensor from there on."""
+    """One chunk: pointers at its first element, `left` elements of the tensor from there on.
+
+    `start` is the number of that element. With HAS_MASTER the update is that of a float32 copy,
+    from which the parameter is rounded.
+    """
     offsets = tl.arange(0, BLOCK)
     mask = offsets < left if MASKED else None
-    p_old = tl.load(p_ptr + offsets, mask=mask)
-    g = tl.load(g_ptr + offsets, mask=mask).to(tl.float32)
+    if HAS_MASTER:
+        p = tl.load(master_ptr + offsets, mask=mask)
+    else:
+        p = widen(tl.load(p_ptr + offsets, mask=mask), FORMAT)
+    g = widen(tl.load(g_ptr + offsets, mask=mask), FORMAT)
     m = tl.load(m_ptr + offsets, mask=mask)
     v = tl.load(v_ptr + offsets, mask=mask)
     if HAS_EMA:
@@ -62,7 +84,6 @@ def _update(
     keep1 = tl.load(numbers + KEEP1).to(tl.float32)
     keep2 = tl.load(numbers + KEEP2).to(tl.float32)
     decay = lr * tl.load(numbers + DECAY).to(tl.float32)
-    p = p_old.to(tl.float32)
     if HAS_SCALE:
         g = tl.div_rn(g, scale)
     square = g * g
@@ -87,24 +108,30 @@ def _update(
         else:
             # p = p - a * lr * atan2(m / c1, b * sqrt(v / c2))
             p = tl.fma(-(a * lr), atan2(tl.div_rn(m, c1), tl.sqrt_rn(v) * b), p)
-    rounded = p.to(p_old.dtype)
+    noise = key
+    if STOCHASTIC:
+        noise = noise16(start + offsets, key)
+    rounded = narrow(p, noise, FORMAT, STOCHASTIC)
     tl.store(p_ptr + offsets, rounded, mask=mask)
+    if HAS_MASTER:
+        tl.store(master_ptr + offsets, p, mask=mask)
     tl.store(m_ptr + offsets, m, mask=mask)
     tl.store(v_ptr + offsets, v, mask=mask)
     if HAS_EMA:
         # shadow = rate * shadow + (1 - rate) * p
         take = tl.load(numbers + EMA_TAKE).to(tl.float32)
-        tl.store(e_ptr + offsets, tl.fma(take, rounded.to(tl.float32) - e, e), mask=mask)
+        tl.store(e_ptr + offsets, tl.fma(take, widen(rounded, FORMAT) - e, e), mask=mask)
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["addresses", "lr_ptr", "scale_ptr", "found_ptr"],
+    do_not_specialize_on_alignment=["addresses", "lr_ptr", "scale_ptr", "found_ptr", "powers"],
 )
 def adam_kernel(
     addresses,
     lr_ptr,
     scale_ptr,
     found_ptr,
+    powers,
     chunk_tensor,
     chunk_index,
     sizes,
@@ -112,9 +139,13 @@ def adam_kernel(
     tickets,
     ready,
     numbers,
+    seeds,
     tensors,
     RULE: tl.constexpr,
+    FORMAT: tl.constexpr,
     DTYPE: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND: tl.constexpr,
     HAS_EMA: tl.constexpr,
@@ -122,7 +153,7 @@ def adam_kernel(
     POWF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per chunk of the table; columns p, g, m, v, step (and the EMA shadow).
+    """One program per chunk of the table; columns p, g, m, v, step (EMA shadow) (master).
 
     `ready` (tensors, 3) float32 holds, from the step before, for which step the bias corrections
     beside it are; the last program of a tensor (by an integer ticket, so that every other has
@@ -147,10 +178,14 @@ def adam_kernel(
         e_ptr = m_ptr
         if HAS_EMA:
             e_ptr = tl.load(column + 5 * tensors).to(tl.pointer_type(tl.float32))
+        master_ptr = m_ptr
+        if HAS_MASTER:
+            place = (6 if HAS_EMA else 5) * tensors
+            master_ptr = tl.load(column + place).to(tl.pointer_type(tl.float32))
         if ALIGNED:
             p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
             m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
-            e_ptr = tl.multiple_of(e_ptr, 16)
+            e_ptr, master_ptr = tl.multiple_of(e_ptr, 16), tl.multiple_of(master_ptr, 16)
         lr = tl.load(lr_ptr).to(tl.float32) * tl.load(numbers + LR_SCALE).to(tl.float32)
         scale = 1.0
         if HAS_SCALE:
@@ -159,22 +194,25 @@ def adam_kernel(
         c1 = tl.load(ready + 3 * t + 1)
         c2_root = tl.load(ready + 3 * t + 2)
         if tl.load(ready + 3 * t) != step:
-            c1, c2_root = _corrections(step, numbers, RULE, POWF)
+            c1, c2_root = _corrections(step, numbers, powers, RULE, POWF)
+        key = t.to(tl.uint32)
+        if STOCHASTIC:
+            key = noise_key(tl.load(seeds + t), step)
         if left >= BLOCK:
             _update(
                 p_ptr + start, g_ptr + start, m_ptr + start, v_ptr + start, e_ptr + start,
-                left, lr, scale, c1, c2_root, numbers,
-                RULE, HAS_SCALE, HAS_EMA, False, BLOCK,
+                master_ptr + start, start, key, left, lr, scale, c1, c2_root, numbers,
+                RULE, FORMAT, HAS_MASTER, STOCHASTIC, HAS_SCALE, HAS_EMA, False, BLOCK,
             )  # fmt: skip
         else:
             _update(
                 p_ptr + start, g_ptr + start, m_ptr + start, v_ptr + start, e_ptr + start,
-                left, lr, scale, c1, c2_root, numbers,
-                RULE, HAS_SCALE, HAS_EMA, True, BLOCK,
+                master_ptr + start, start, key, left, lr, scale, c1, c2_root, numbers,
+                RULE, FORMAT, HAS_MASTER, STOCHASTIC, HAS_SCALE, HAS_EMA, True, BLOCK,
             )  # fmt: skip
         tl.debug_barrier()  # every thread of this program has used the step it read
         if tl.atomic_add(tickets + t, 1, sem="relaxed") == tl.load(counts + t) - 1:
-            next1, next2 = _corrections(step + 1.0, numbers, RULE, POWF)
+            next1, next2 = _corrections(step + 1.0, numbers, powers, RULE, POWF)
             tl.store(tickets + t, 0)
             tl.store(step_ptr, step)
             tl.store(ready + 3 * t, step + 1.0)

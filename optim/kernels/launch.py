@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from optim.kernels.adam import adam_kernel
+from optim.kernels.adam import STEPS, adam_kernel
+from optim.kernels.formats import ELEMENTS, FORMATS
 from optim.kernels.launcher import Launcher
 from optim.kernels.norm import norm_kernel
-from optim.kernels.table import TensorTable, addresses_of
+from optim.kernels.table import TensorTable, addresses_of, same_objects
 from optim.kernels.tiles import tile_for
 
 DTYPES = {
@@ -50,14 +53,22 @@ def numbers(
     return (*logs, *betas, *(1.0 - x for x in betas), *tail)
 
 
+@lru_cache(maxsize=16)
+def torch_powers(beta1: float, beta2: float, device: torch.device) -> Tensor:
+    """(2, STEPS) float32: 1 - beta^t as torch's fused AdamW works it out, by t."""
+    steps = torch.arange(STEPS.value, dtype=torch.float32, device=device)
+    return torch.stack([1.0 - torch.full_like(steps, b).pow(steps) for b in (beta1, beta2)])
+
+
 class AdamLaunch:
     """The launch of one bucket: parameters of one dtype on one device, with their states.
 
     Args:
         params: as `supported` says, all with gradients of their memory order at `run`.
-        states: per parameter `exp_avg`, `exp_avg_sq` (float32) and `step` (float32, 0-dim), which
-            keep their addresses.
+        states: per parameter `exp_avg`, `exp_avg_sq` (float32) and `step` (float32, 0-dim), and
+            for half precision perhaps its `master` (float32), which keep their addresses.
         shadows: per parameter its float32 EMA, or none.
+        seeds: per parameter a number for stochastic rounding, or none: to the nearest.
     """
 
     def __init__(
@@ -65,19 +76,25 @@ class AdamLaunch:
         params: Sequence[Tensor],
         states: Sequence[Mapping[str, Tensor]],
         shadows: Sequence[Tensor] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         self.params, self.shadows = list(params), list(shadows or ())
         names = ("exp_avg", "exp_avg_sq", "step")
         self.kept = [[state[name] for state in states] for name in names]
+        self.masters = [state["master"] for state in states if "master" in state]
         self.moments = addresses_of([t for column in self.kept[:2] for t in column])
-        self.rest = addresses_of([*self.kept[2], *self.shadows])
+        self.rest = addresses_of([*self.kept[2], *self.shadows, *self.masters])
         device = self.params[0].device
-        self.tile = tile_for(device)
-        self.table = TensorTable([p.numel() for p in self.params], self.tile.block, device)
+        self.seeds = torch.tensor(list(seeds or [0]), dtype=torch.int32).to(device)
+        self.stochastic = seeds is not None
+        numels = [p.numel() for p in self.params]
+        self.tile = tile_for(device, sum(numels))
+        self.table = TensorTable(numels, self.tile.block, device)
         self.tickets = torch.zeros(len(self.params), dtype=torch.int32, device=device)
         self.ready = torch.zeros(len(self.params), 3, dtype=torch.float32, device=device)
         self.known: tuple[str, tuple[float, ...]] | None = None
         self.numbers = torch.zeros(12, dtype=torch.float64, device=device)
+        self.powers = self.ready  # not read, but for AdamW on CUDA
         self.pointers: tuple[int, ...] = ()
         self.flat: tuple[int, ...] = ()
         self.aligned = False
@@ -133,6 +150,7 @@ class AdamLaunch:
             lr,
             lr if grad_scale is None else grad_scale,
             lr if found_inf is None else found_inf,
+            self.powers,
         )
 
     def _launcher(
@@ -146,9 +164,13 @@ class AdamLaunch:
             "tickets": self.tickets,
             "ready": self.ready,
             "numbers": self.numbers,
+            "seeds": self.seeds,
             "tensors": len(self.params),
             "RULE": rule,
-            "DTYPE": DTYPES[self.params[0].dtype],
+            "FORMAT": FORMATS[self.params[0].dtype],
+            "DTYPE": ELEMENTS[FORMATS[self.params[0].dtype]],
+            "HAS_MASTER": bool(self.masters),
+            "STOCHASTIC": self.stochastic,
             "HAS_SCALE": has_scale,
             "HAS_FOUND": has_found,
             "HAS_EMA": bool(self.shadows),
@@ -168,6 +190,8 @@ class AdamLaunch:
         host = torch.tensor(values, dtype=torch.float64, pin_memory=on_cuda)
         self.numbers.copy_(host, non_blocking=True)
         self.ready.zero_()
+        if rule == "adamw" and on_cuda:
+            self.powers = torch_powers(values[2], values[3], self.numbers.device)
         self.known = (rule, values)
 
 
@@ -229,29 +253,30 @@ class NormLaunch:
         return Launcher(norm_kernel, (programs,), self.out.device, fixed, **options)
 
 
-def fused_norm(
-    launches: dict[tuple[Any, ...], NormLaunch], params: Sequence[Tensor], max_norm: float
-) -> tuple[Tensor, Tensor] | None:
-    """Norm and clip scale of the gradients of `params`; None where the kernel cannot take one.
+class NormLaunches:
+    """Norms of changing sets of gradients: one `NormLaunch` for each layout seen."""
 
-    Args:
-        launches: of earlier calls, by the parameters and the layouts of their gradients; filled
-            here.
-        params: all with a gradient.
-        max_norm: of `clip_scale`.
-    """
-    grads = [p.grad for p in params]
-    if any(g.layout != torch.strided for g in grads):
-        return None
-    key = (
-        tuple(map(id, params)),
-        tuple([g.dtype for g in grads]),
-        tuple([g.stride() for g in grads]),
-        tuple([g.shape for g in grads]),
-    )
-    if key not in launches:
-        device = params[0].device
-        if not all(supported(g) and g.device == device for g in grads):
+    def __init__(self) -> None:
+        self.launches: dict[tuple[Any, ...], NormLaunch] = {}
+        self.seen: list[ReferenceType[Tensor]] = []
+        self.last: NormLaunch | None = None
+
+    def run(self, grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor] | None:
+        """Norm and clip scale; None where the kernel cannot take a gradient.
+
+        Args:
+            grads: at least one.
+            max_norm: of `clip_scale`.
+        """
+        if same_objects(grads, self.seen):  # so are dtypes, shapes and layouts
+            return self.last.run(grads, max_norm)
+        self.seen = []
+        if any(g.layout != torch.strided for g in grads):
             return None
-        launches[key] = NormLaunch(grads)
-    return launches[key].run(grads, max_norm)
+        key = tuple([(g.device, g.dtype, g.shape, g.stride()) for g in grads])
+        if key not in self.launches:
+            if not all(supported(g) and g.device == grads[0].device for g in grads):
+                return None
+            self.launches[key] = NormLaunch(grads)
+        self.last, self.seen = self.launches[key], [ref(g) for g in grads]
+        return self.last.run(grads, max_norm)

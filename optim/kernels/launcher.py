@@ -7,6 +7,7 @@ long as the launch. It is gone once; then the compiled kernel is called with add
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Launcher:
         """Launch on the current stream of the device."""
         if self.device.type != "cuda":  # the interpreter
             self.kernel[self.grid](*changing, **self.fixed, **self.options)
-        elif torch.cuda.current_device() == self.device.index:
+        elif not _several() or torch.cuda.current_device() == self.device.index:
             self._launch(changing)
         else:
             with torch.cuda.device(self.device):
@@ -82,7 +83,7 @@ class Kernel:
         constants: Mapping[str, Any],
         **options: Any,
     ) -> None:
-        """Launch on the current stream of `device`, which must be the current device.
+        """Launch on the current stream of `device`.
 
         Args:
             grid: one to three numbers of programs.
@@ -93,7 +94,20 @@ class Kernel:
         """
         if device.type != "cuda":  # the interpreter
             self.kernel[grid](*arguments, **constants, **options)
-            return
+        elif not _several() or torch.cuda.current_device() == device.index:
+            self._launch(grid, device, arguments, constants, options)
+        else:
+            with torch.cuda.device(device):
+                self._launch(grid, device, arguments, constants, options)
+
+    def _launch(
+        self,
+        grid: tuple[int, ...],
+        device: torch.device,
+        arguments: Sequence[Any],
+        constants: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> None:
         kinds = tuple([_kind(x) for x in arguments])
         key = (device.index, kinds, *constants.values(), *options.values())
         done = self.compiled.get(key)
@@ -121,5 +135,12 @@ def _run(done: Any, grid: tuple[int, ...], device: torch.device, values: list[An
 
 def _hooked() -> bool:
     """Whether a profiler has asked Triton to report launches."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # or None
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    runtime = knobs.runtime
+    first, last = runtime.launch_enter_hook, runtime.launch_exit_hook  # or None
+    return bool(getattr(first, "calls", first) or getattr(last, "calls", last))
+
+
+@lru_cache(maxsize=1)
+def _several() -> bool:
+    """Whether the current device may be another one than that of the tensors."""
+    return torch.cuda.device_count() > 1

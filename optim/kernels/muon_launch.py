@@ -158,19 +158,6 @@ class MuonLaunch:
         found_inf: Tensor | None,
     ) -> None:
         """`run` with the options of the last time; `pointers` of all parameters, then gradients."""
-        if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
-            with torch.cuda.device(self.device):
-                self._repeat(pointers, lr, grad_scale, found_inf)
-        else:
-            self._repeat(pointers, lr, grad_scale, found_inf)
-
-    def _repeat(
-        self,
-        pointers: tuple[int, ...],
-        lr: Tensor,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
         if pointers != self.pointers:
             self._set_pointers(pointers)
         addresses, o, n = self.table.addresses(self.flat), self.options, len(self.pieces)

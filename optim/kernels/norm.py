@@ -7,6 +7,16 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _chunk(chunk, chunk_tensor, chunk_index, addresses, sizes, chunks, BLOCK: tl.constexpr):
+    """First element of a chunk, elements from there to the end of its tensor, its address."""
+    inside = chunk < chunks  # in the last round some programs have nothing left
+    t = tl.load(chunk_tensor + chunk, mask=inside, other=0)
+    start = tl.load(chunk_index + chunk, mask=inside, other=0).to(tl.int64) * BLOCK
+    left = tl.where(inside, tl.load(sizes + t) - start, 0)
+    return start, left, tl.load(addresses + t)
+
+
 @triton.jit(do_not_specialize_on_alignment=["addresses"])
 def norm_kernel(
     addresses,
@@ -35,20 +45,24 @@ def norm_kernel(
     program = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
+    start, left, address = _chunk(
+        program, chunk_tensor, chunk_index, addresses, sizes, chunks, BLOCK
+    )
     for i in range(ROUNDS):
-        chunk = program + i * tl.num_programs(0)
-        inside = chunk < chunks  # in the last round some programs have nothing left
-        t = tl.load(chunk_tensor + chunk, mask=inside, other=0)
-        start = tl.load(chunk_index + chunk, mask=inside, other=0).to(tl.int64) * BLOCK
-        left = tl.where(inside, tl.load(sizes + t) - start, 0)
-        g_ptr = tl.load(addresses + t).to(tl.pointer_type(DTYPE))
+        g_ptr = address.to(tl.pointer_type(DTYPE))
         if ALIGNED:
             g_ptr = tl.multiple_of(g_ptr, 16)
-        if left >= BLOCK:
-            g = tl.load(g_ptr + start + offsets).to(tl.float32)
+        now, rest = start, left
+        # where the next chunk is, is on its way while this one is read
+        following = program + (i + 1) * tl.num_programs(0)
+        start, left, address = _chunk(
+            following, chunk_tensor, chunk_index, addresses, sizes, chunks, BLOCK
+        )
+        if rest >= BLOCK:
+            g = tl.load(g_ptr + now + offsets).to(tl.float32)
             total = tl.fma(g, g, total)
         else:
-            g = tl.load(g_ptr + start + offsets, mask=offsets < left, other=0.0).to(tl.float32)
+            g = tl.load(g_ptr + now + offsets, mask=offsets < rest, other=0.0).to(tl.float32)
             total = tl.fma(g, g, total)
     tl.store(partials + first + program, tl.sum(total))
     if COUNT > 0:
@@ -56,11 +70,11 @@ def norm_kernel(
         if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             lanes = tl.arange(0, 1024)
             rest = tl.zeros((1024,), dtype=tl.float32)
-            for start in range(0, COUNT, 1024):
+            for begin in range(0, COUNT, 1024):
                 # past the first-level cache, which may not have seen the others' writes
                 rest += tl.load(
-                    partials + start + lanes,
-                    mask=start + lanes < COUNT,
+                    partials + begin + lanes,
+                    mask=begin + lanes < COUNT,
                     other=0.0,
                     cache_modifier=".cg",
                 )

@@ -8,7 +8,7 @@ from torch import Tensor
 from optim.kernels.launcher import Kernel
 from optim.kernels.muon import SIDE, fill_kernel, squares_kernel
 from optim.kernels.ns_launch import GAIN, Coefficients, iterate
-from optim.kernels.ns_table import Path, path_for
+from optim.kernels.ns_table import path_for
 
 _squares, _fill = Kernel(squares_kernel), Kernel(fill_kernel)
 BLOCK = 4096  # numbers whose squares a program adds at once
@@ -30,16 +30,6 @@ def orthogonalize(matrix: Tensor, coefficients: Coefficients, safety: float) -> 
     path = path_for(matrix.device, batch, min(rows, columns), max(rows, columns))
     if path is None or matrix.numel() == 0:
         return None
-    if matrix.is_cuda and torch.cuda.current_device() != matrix.device.index:
-        with torch.cuda.device(matrix.device):
-            return _orthogonalize(matrix, coefficients, safety, path, tall)
-    return _orthogonalize(matrix, coefficients, safety, path, tall)
-
-
-def _orthogonalize(
-    matrix: Tensor, coefficients: Coefficients, safety: float, path: Path, tall: bool
-) -> Tensor:
-    batch, rows, columns = matrix.shape
     size, length = path.padded(min(rows, columns), max(rows, columns))
     wide = not matrix.is_cuda
     x = matrix.new_empty(batch, size, length, dtype=torch.float32 if wide else path.dtype)

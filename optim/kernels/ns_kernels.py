@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Numbers no kernel is compiled anew for.
 PLACES = [
@@ -51,7 +50,6 @@ def symmetric_tma_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLATTEN: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """out = alpha * x yᵀ + beta * x, which must be symmetric; second = delta * out + gamma * I.
 
@@ -59,9 +57,6 @@ def symmetric_tma_kernel(
     touch the lower triangle are computed; `order` (tiles,) lists them as `row << 16 | column`.
     Persistent: any number of programs for `total` tiles. BN is BM or 2 BM.
     """
-    if PDL:
-        gdc_launch_dependents()  # the next launch may take its place, and wait there
-        gdc_wait()
     OUTSIDE: tl.constexpr = 1 << 30  # a store there is dropped
     HALVES: tl.constexpr = BN // BM
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
@@ -123,12 +118,8 @@ def update_tma_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """out = alpha * p x + beta * x for p (M, M) and x (M, columns * BN), read by descriptors."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     HALF: tl.constexpr = BN // 2
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         b = tile // (rows * columns)

@@ -113,7 +113,7 @@ class Products:
         )
         flags = {"HAS_ADD": scales[1] != 0.0, "HAS_SECOND": second is not None}
         sizes = {"BM": block.bm, "BN": block.bn, "BK": block.bk}
-        options: dict[str, Any] = {"num_warps": block.warps, "num_stages": block.stages}
+        options = {"num_warps": block.warps, "num_stages": block.stages}
         if not self.path.tma:
             arguments = (x, y, out, order, *numbers)
             grid = (order.numel(), products)
@@ -128,9 +128,7 @@ class Products:
             self._descriptor(out, *square),
             *(order, order.numel(), *numbers, total),
         )
-        constants = {**flags, **sizes, "FLATTEN": block.persistent, "PDL": block.overlap}
-        if block.overlap:
-            options["launch_pdl"] = True
+        constants = {**flags, **sizes, "FLATTEN": block.persistent}
         grid = (min(total, self.programs) if block.persistent else total,)
         _symmetric_tma(grid, self.device, arguments, constants, **options)
 
@@ -168,10 +166,8 @@ class Products:
             *(rows, columns, size, alpha, beta, *p_slot, total),
         )
         constants = {"HAS_ADD": beta != 0.0, "BM": block.bm, "BN": block.bn, "BK": block.bk}
-        constants |= {"GROUP": 8, "FLATTEN": block.persistent, "PDL": block.overlap}
-        options: dict[str, Any] = {"num_warps": block.warps, "num_stages": block.stages}
-        if block.overlap:
-            options["launch_pdl"] = True
+        constants |= {"GROUP": 8, "FLATTEN": block.persistent}
+        options = {"num_warps": block.warps, "num_stages": block.stages}
         grid = (min(total, self.programs) if block.persistent else total,)
         _update_tma(grid, self.device, arguments, constants, **options)
 
@@ -239,8 +235,9 @@ def _gram_form(products: Products, x: Tensor, out: Tensor, coefficients: Coeffic
             todo = [(G, Y)] * (not last) + [(here, there)] * (k > 0)
             if todo:
                 (x_first, out_first), (x_last, out_last) = todo[0], todo[-1]
+                block = path.pair if len(todo) == 2 else path.inner
                 products.symmetric(
-                    *(path.inner, work, work, work, (one, a)),
+                    *(block, work, work, work, (one, a)),
                     x_slot=(5, x_first, x_last - x_first),
                     y_slot=(5, Z),
                     out_slot=(5, out_first, out_last - out_first),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import is_
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
@@ -18,6 +20,11 @@ def addresses_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
         TypeError, RuntimeError: if one is None or has no storage of its own.
     """
     return tuple(map(Tensor.data_ptr, tensors))
+
+
+def same_objects(tensors: Sequence[Tensor | None], seen: Sequence[ReferenceType[Tensor]]) -> bool:
+    """Whether these are, one by one, the very tensors seen before."""
+    return len(tensors) == len(seen) and all(map(is_, tensors, [r() for r in seen]))
 
 
 class TensorTable:
@@ -69,7 +76,7 @@ class TensorTable:
             RuntimeError: if such a capture is the first call, or the fifth one in a row.
         """
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if flat != self._known:
+        if flat is not self._known and flat != self._known:
             table = self._recent.pop(flat, None)
             if table is None:
                 if capturing:

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from data import ArcConfig, DataError, EvalLoader, TrainLoader, dataset_info, read_dataset
+from data import (
+    ArcConfig,
+    DataError,
+    EvalLoader,
+    TrainLoader,
+    dataset_info,
+    puzzle_names,
+    read_dataset,
+)
 from data.arc_grids import (
     SIDE,
     decode,
@@ -234,3 +242,22 @@ def test_nothing_is_written_once_per_augmentation(tmp_path):
         folder = ArcConfig(test=(source,), num_aug=num_aug).prepare(tmp_path / "s")
         sizes[num_aug] = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert sizes[100_000] < sizes[1] + 200
+
+
+def test_every_identifier_has_a_name(folder):
+    names = puzzle_names(folder)
+    tasks = json.loads((folder / "tasks.json").read_text())["tasks"]
+    assert len(names) == dataset_info(folder).num_puzzle_ids == len(set(names))
+    assert names[0] == "<blank>" and names[1] == tasks[0] and names[2] == f"{tasks[0]}|1"
+    puzzles = read_dataset(folder, "train").sets["all"].puzzle_identifiers
+    assert [names[i] for i in puzzles] == tasks
+
+
+def test_names_of_the_ancestors_folders(tmp_path):
+    assert puzzle_names(tmp_path) is None
+    (tmp_path / "identifiers.json").write_text('["<blank>", "a"]')
+    assert puzzle_names(tmp_path) == ["<blank>", "a"]
+    (tmp_path / "identifiers.json").write_text("{}")
+    assert puzzle_names(tmp_path) is None
+    (tmp_path / "identifiers.json").write_text("[")
+    assert puzzle_names(tmp_path) is None

@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def config_of(name: str, **fields):
-    return ARCHITECTURES[name](**SMALL, **fields)
+    config = ARCHITECTURES[name]
+    few = {"H_cycles": 2, "L_cycles": 2, "H_layers": 2, "L_layers": 2, "num_layers": 2}
+    few = {k: v for k, v in few.items() if k in config.model_fields}
+    return config(**{**SMALL, **few, **fields})
 
 
 def peak(config, rows: int) -> int:
@@ -43,8 +46,8 @@ def peak(config, rows: int) -> int:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_memory_is_that_of_a_real_step(name, mode):
     config = config_of(name, grad_checkpoint=mode, forward_dtype="float32")
-    counted = cost(config, DIMS, 8, CPU).activation_bytes
-    assert counted == pytest.approx(peak(config, 8), rel=0.02)
+    counted = cost(config, DIMS, 4, CPU).activation_bytes
+    assert counted == pytest.approx(peak(config, 4), rel=0.02)
 
 
 def test_checkpointing_halves_the_memory_of_the_papers_step():
@@ -73,9 +76,14 @@ def test_products_are_counted_once_forward_and_twice_backward():
                                             ("H", True): 1}  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ["trm_mlp", "hrm", "urm", "transformer"])
+@pytest.mark.parametrize("arch", ["trm_mlp", "hrm"])
 def test_the_script(arch, monkeypatch, capsys):
-    small = ["arch.hidden_size=32", "arch.num_heads=2", "arch.puzzle_emb_ndim=32"]
+    small = [
+        "arch.H_cycles=1",
+        "arch.hidden_size=32",
+        "arch.num_heads=2",
+        "arch.puzzle_emb_ndim=32",
+    ]
     monkeypatch.setattr("sys.argv", ["model_info.py", f"arch={arch}", *small, "device=cpu",
                                      "global_batch_size=4", "--seq-len", "16"])  # fmt: skip
     runpy.run_path(str(ROOT / "scripts" / "model_info.py"), run_name="__main__")

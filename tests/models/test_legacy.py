@@ -131,6 +131,14 @@ def test_what_belongs_to_no_model_is_refused(tmp_path):
     torch.save({"embed_tokens.embedding_weight": torch.ones(3, 4)}, tmp_path / "a.pt")
     with pytest.raises(ModelError, match=r"a\.pt belongs to no model known here"):
         load_pretrained(tmp_path / "a.pt")
+    golden = Golden(GOLDENS[0])
+    torch.save(golden.tensors("final/"), tmp_path / "step_6")
+    (tmp_path / "all_config.yaml").write_text("arch: {num_heads: 7, H_cycles: none}")
+    with pytest.raises(ModelError, match="step_6 belongs to no model known here: H_cycles"):
+        load_pretrained(tmp_path)
+    (tmp_path / "all_config.yaml").write_text("arch: [")
+    with pytest.raises(ModelError, match=r"all_config\.yaml cannot be read"):
+        load_pretrained(tmp_path)
     torch.save({"model_state_dict": {}, "step": 3}, tmp_path / "b.pt")
     with pytest.raises(ModelError, match=r"b\.pt is not a state dict"):
         load_pretrained(tmp_path / "b.pt")
@@ -183,6 +191,12 @@ def test_a_hubs_id_that_cannot_be(hub, monkeypatch):
     ):
         with pytest.raises(ModelError, match=message):
             files.from_hub(text)
+    (hub.folder / "README.md").write_text("x")
+    (hub.folder / "checkpoint").write_text("x")  # as HRM's are called
+    assert files.from_hub("hf:owner/name").name == "checkpoint"
+    (hub.folder / "more.bin").write_text("x")
+    with pytest.raises(ModelError, match=r"it holds (checkpoint, more\.bin|more\.bin, checkpoint)"):
+        files.from_hub("hf:owner/name")
     save_file({"a": torch.ones(1)}, hub.folder / "a.safetensors")
     assert files.from_hub("hf:owner/name").name == "a.safetensors"
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

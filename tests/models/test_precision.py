@@ -83,7 +83,8 @@ def test_8_bits_where_there_are_none():
 def test_8_bits_are_for_the_levels_alone(monkeypatch):
     monkeypatch.setattr(fp8, "check_device", lambda device, dtype: None)
     config = ARCHITECTURES["urm"](hidden_size=32, num_heads=2, fp8=True, forward_dtype="bfloat16",
-                                  puzzle_emb_ndim=0, expansion=1.0)  # fmt: skip
+                                  puzzle_emb_ndim=0, expansion=1.0, num_layers=1, H_cycles=1,
+                                  L_cycles=2)  # fmt: skip
     dims = ModelDims(16, 32, 1)
     model = build_model(config, dims, seed=0, device=CPU)
     plain = build_model(config.portable(), dims, seed=0, device=CPU)

@@ -117,6 +117,12 @@ def test_what_is_no_puzzle_is_refused(puzzle, ids, message):
         Solver(model_of("transformer"))(puzzle, ids)
 
 
+@pytest.mark.parametrize("option", ["max_steps", "batch_size"])
+def test_options_that_cannot_be(option):
+    with pytest.raises(ModelError, match=option):
+        Solver(model_of("transformer"))([1] * 6, **{option: 0})
+
+
 def test_a_file_that_says_what_it_is(tmp_path):
     model = model_of("urm", num_layers=2, conv_kernel=3)
     told = {"arch": model.config.model_dump(mode="json"), "dims": asdict(DIMS)}

@@ -187,6 +187,7 @@ def test_a_curriculum_is_a_schedule():
 @pytest.mark.parametrize(
     "fields, message",
     [
+        ({"latents": 4, "L_cycles": 3}, "latents=4 is more than L_cycles=3: some would never"),
         ({"H_cycles": 2, "H_grad_cycles": 3}, "H_grad_cycles=3 is more than H_cycles=2"),
         ({"curriculum": ((0.5, 1, 1), (0.4, 2, 2))}, "fractions should rise"),
         ({"curriculum": ((1.5, 1, 1),)}, "at most 1"),

@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optim import OPTIMIZERS, AdamATan2, AdamW
+from optim import OPTIMIZERS, AdamATan2, AdamMini, AdamW, Muon
 
-CLASSES = [AdamATan2, AdamW]
+CLASSES = [AdamATan2, AdamW, AdamMini]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 per_class = pytest.mark.parametrize("cls", CLASSES)
+per_any = pytest.mark.parametrize("cls", [*CLASSES, Muon])  # Muon splits groups
+pytestmark = pytest.mark.filterwarnings("ignore:no rule of optim.partition knows")
 per_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -69,7 +71,7 @@ def test_state_is_eager_and_on_the_device(cls, dtype):
     assert all(isinstance(g["lr"], torch.Tensor) for g in opt.param_groups)
 
 
-@per_class
+@per_any
 @per_dtype
 def test_memory_order_does_not_matter(cls, dtype):
     odd = make_params(dtype)
@@ -88,7 +90,7 @@ def test_memory_order_does_not_matter(cls, dtype):
         torch.testing.assert_close(p, q, rtol=tol, atol=tol)
 
 
-@per_class
+@per_any
 def test_strided_storage_is_written_only_where_the_parameter_is(cls):
     base = torch.zeros(6, 8)
     p = base[:, ::2].requires_grad_()
@@ -98,7 +100,7 @@ def test_strided_storage_is_written_only_where_the_parameter_is(cls):
     assert (base[:, ::2] != 0).all()
 
 
-@per_class
+@per_any
 @per_dtype
 @pytest.mark.parametrize("flag", [1.0, 3.0, float("inf"), float("nan")])
 def test_found_inf_leaves_every_bit(cls, dtype, flag):
@@ -137,7 +139,7 @@ def test_the_gate_of_other_devices_leaves_every_bit(cls, dtype):
         assert same(before, snapshot(opt))
 
 
-@per_class
+@per_any
 @per_dtype
 def test_found_inf_zero_changes_nothing_about_a_step(cls, dtype):
     runs = []
@@ -151,7 +153,7 @@ def test_found_inf_zero_changes_nothing_about_a_step(cls, dtype):
     assert all(same(runs[0], r) for r in runs[1:])
 
 
-@per_class
+@per_any
 @per_dtype
 def test_gradients_are_divided_by_grad_scale(cls, dtype):
     runs = []
@@ -217,7 +219,7 @@ def test_groups_do_not_share_their_lr(cls):
     assert float(lr) == pytest.approx(0.1)
 
 
-@per_class
+@per_any
 def test_torch_schedulers_drive_it(cls):
     params = make_params()
     opt = cls(params, 0.1)
@@ -238,7 +240,7 @@ def to_cpu_copy(state):
     return state.clone() if isinstance(state, torch.Tensor) else state
 
 
-@per_class
+@per_any
 @per_dtype
 @given(before=st.integers(0, 3), seed=st.integers(0, 1000))
 @settings(max_examples=5, deadline=None)
@@ -319,7 +321,7 @@ def test_copies_live_on(cls, clone):
     assert same(snapshot(opt), snapshot(twin))
 
 
-@per_class
+@per_any
 def test_parameters_without_gradient_are_skipped(cls):
     params = make_params()
     opt = cls(params, 1e-2)
@@ -332,7 +334,7 @@ def test_parameters_without_gradient_are_skipped(cls):
     assert float(opt.state[params[1]]["step"]) == 1
 
 
-@per_class
+@per_any
 def test_closure(cls):
     p = torch.ones(3, requires_grad=True)
     opt = cls([p], 0.1)
@@ -347,7 +349,7 @@ def test_closure(cls):
     assert (p < 1).all()
 
 
-@per_class
+@per_any
 @pytest.mark.parametrize("overflow", [False, True])
 def test_grad_scaler(cls, overflow):
     """The protocol of torch.amp: scale and flag arrive as attributes of the optimizer."""
@@ -369,7 +371,7 @@ def test_grad_scaler(cls, overflow):
         assert torch.equal(p, q)
 
 
-@per_class
+@per_any
 def test_errors_are_sentences(cls):
     p = torch.zeros(3, requires_grad=True)
     cases = [
@@ -377,6 +379,8 @@ def test_errors_are_sentences(cls):
         ([torch.zeros(3, dtype=torch.complex64)], {}, "complex"),
         ([("w", torch.zeros(3, dtype=torch.int64))], {}, "parameter 'w' is torch.int64"),
         ([torch.zeros(2, 2).to_sparse()], {}, "must be dense"),
+        ([torch.zeros(2, device="meta")], {}, "is on meta: supported are cpu, cuda"),
+        ([p], {"half": "up"}, "half must be"),
         ([p, p], {}, "appears twice"),
         ([p], {"lr": -1.0}, "lr must"),
         ([p], {"lr": float("nan")}, "lr must"),
@@ -412,7 +416,7 @@ def test_option_errors_of_single_optimizers():
         AdamW([p], eps=-1.0)
 
 
-@per_class
+@per_any
 def test_bad_gradients_are_named_before_anything_moves(cls):
     table = torch.nn.Embedding(5, 2, sparse=True)
     first = torch.ones(3, requires_grad=True)

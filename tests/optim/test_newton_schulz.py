@@ -13,11 +13,16 @@ from optim.kernels.ns_table import hopper_path, path_for
 ROOT = Path(__file__).parents[2]
 
 
-def test_cases_in_the_interpreter():
+FEW = "zero or (any_shape and polar) or (every_path and 4) or options0"
+
+
+@pytest.mark.parametrize("some", [FEW, pytest.param(f"not ({FEW})", marks=pytest.mark.slow)])
+def test_cases_in_the_interpreter(some):
     """In a process of its own: Triton decides at import whether to interpret."""
     pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/optim/ns_cases.py"],
+        [*command, "-k", some, "tests/optim/ns_cases.py"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -36,7 +41,7 @@ def test_blocks_fit_every_shape(batch, rows, ratio):
     path = hopper_path(batch, rows, columns)
     size, length = path.padded(rows, columns)
     assert size >= rows and length >= columns and length % 64 == 0 and size % path.side == 0
-    for block in (path.outer, path.inner):
+    for block in (path.outer, path.inner, path.pair):
         assert size % block.bm == 0 and block.bn in (block.bm, 2 * block.bm)
     assert path.update is None or size % path.update.bm == 0
     assert path.gram == (length >= 2 * size)

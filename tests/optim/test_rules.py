@@ -52,6 +52,24 @@ def test_adam_atan2_follows_the_formula(form, dtype, shape, seed, lr, wd, betas,
     np.testing.assert_allclose(param.detach().double().numpy(), want, rtol=tol, atol=tol)
 
 
+@pytest.mark.parametrize("size", [1000, (1 << 18) + 5])
+def test_inside_is_adam_atan2_pytorch(size):
+    """That package's form with its a and b, float32, 20 steps: within 2e-6 for weights below 1."""
+    package = pytest.importorskip("adam_atan2_pytorch")
+    rng = torch.Generator().manual_seed(0)
+    mine = (torch.rand(size, generator=rng) * 2 - 1).requires_grad_()
+    theirs = mine.detach().clone().requires_grad_()
+    options = {"betas": (0.9, 0.99), "weight_decay": 0.1, "a": 1.27, "b": 1.0}
+    opt = AdamATan2([mine], 1e-3, bias_correction="inside", **options)
+    ref = package.AdamAtan2([theirs], 1e-3, **options)
+    for _ in range(20):
+        mine.grad = torch.randn(size, generator=rng)
+        theirs.grad = mine.grad.clone()
+        opt.step()
+        ref.step()
+    assert (mine - theirs).abs().max() <= 2e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(
     shape=st.sampled_from(SHAPES),

@@ -97,6 +97,26 @@ def test_puzzle_embeddings_of_another_dataset_keep_known_puzzles(runs, tiny, tmp
     assert torch.equal(state.model.lm_head.weight, weights["lm_head.weight"])
 
 
+def test_puzzle_embeddings_follow_their_names(runs, tiny, tmp_path):
+    """As many puzzles in another order."""
+    save_theirs(runs("trm"), tmp_path / "state.pt")
+    content = torch.load(tmp_path / "state.pt")
+    name = "_orig_mod.model.inner.puzzle_emb.weights"
+    content["model_state_dict"][name] = torch.ones(1, 32)
+    torch.save(content, tmp_path / "state.pt")
+    run = resolved(*tiny("experiment=plain", "data=sudoku4", "arch=trm",
+                         f"load_checkpoint={tmp_path / 'state.pt'}"))  # fmt: skip
+    state = Trainer(run).state
+    state.model.embedding.puzzles = torch.zeros(3, 32)
+    content["model_state_dict"][name] = torch.arange(3.0).unsqueeze(1).expand(3, 32)
+    torch.save(content, tmp_path / "state.pt")
+    (tmp_path / "identifiers.json").write_text(json.dumps(["a", "b", "c"]))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "identifiers.json").write_text(json.dumps(["c", "a", "b"]))
+    state.warm_start(run.resume, tmp_path / "here")
+    assert state.model.embedding.puzzles[:, 0].tolist() == [2.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_converted_files_evaluate_as_the_run_did(
     runs, tmp_path, arch, datasets_dir, monkeypatch, capsys

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.legacy import our_name
+from optim import OPTIMIZERS
 from tests.conftest import TINY
 from tests.training.helpers import metrics, newest, resolved, tensors, train
 from training import checkpoint
@@ -90,7 +91,7 @@ DAMAGES = (
 
 
 @pytest.mark.parametrize("grad_accum", [1, 2])
-@pytest.mark.parametrize("optim", ["adam_atan2", "adamw"])
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("arch", ["trm", "trm_mlp"])
 def test_resumed_is_never_stopped(tiny, monkeypatch, arch, optim, grad_accum):
     common = (*EVERY_5, f"arch={arch}", f"optim={optim}", f"grad_accum={grad_accum}")
@@ -102,6 +103,18 @@ def test_resumed_is_never_stopped(tiny, monkeypatch, arch, optim, grad_accum):
     assert newest(again).name == "step_00000012"
     assert tensors(newest(whole)) == tensors(newest(again))
     assert metrics(whole) == metrics(again)
+
+
+@pytest.mark.parametrize("state", ["bf16", "fp8"])
+def test_small_moments_resume_too(tiny, monkeypatch, state):
+    common = (*EVERY_5, "optim=adam_mini", f"optim.state={state}")
+    whole = train(monkeypatch, *tiny(*common, "run_name=whole"))
+    first = train(monkeypatch, *tiny(*common, "run_name=first"), crash_before=8)
+    again = train(monkeypatch, f"load_checkpoint={first}")
+    assert tensors(newest(whole)) == tensors(newest(again))
+    saved = load_file(newest(again) / "optimizer.safetensors")
+    kinds = {t.dtype for name, t in saved.items() if name.endswith("/exp_avg")}
+    assert kinds == {{"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[state]}
 
 
 def test_the_carry_is_in_the_middle_of_thought(stopped):

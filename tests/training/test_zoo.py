@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.training.helpers import metrics, newest, resolved_evaluation, tensors, train
+from models import ARCHITECTURES
+from tests.training.helpers import ROOT, metrics, newest, resolved_evaluation, tensors, train
 from training.cli import choices
 from training.report import run_evaluation
 
@@ -67,3 +69,21 @@ def test_a_curriculum_resumes_exactly_and_ends_with_all_cycles(arch, tiny, monke
 def test_an_experiment_can_be_run_with_an_architecture_that_lacks_its_keys(tiny, monkeypatch):
     run = train(monkeypatch, *tiny("experiment=quickstart", "arch=transformer", "arch.H_layers=1"))
     assert (run / "summary.json").exists()
+
+
+def test_architectures_are_short_and_have_presets():
+    table = {config.__module__ for config in ARCHITECTURES.values()}
+    for module in table:
+        file = ROOT / f"{module.replace('.', '/')}.py"
+        assert len(file.read_text().splitlines()) <= 80, file
+    assert set(ARCHITECTURES) <= set(choices("arch"))
+
+
+def test_the_memory_benchmark_trains_alike_in_every_mode(monkeypatch, capsys):
+    tiny = ["arch.hidden_size=32", "arch.num_heads=2", "arch.H_cycles=2", "arch.L_cycles=2",
+            "global_batch_size=4", "device=cpu", "--seq-len", "16", "--steps", "1"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["bench_memory.py", "arch=trm", *tiny])
+    runpy.run_path(str(ROOT / "scripts" / "bench_memory.py"), run_name="__main__")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[0] for line in lines] == ["none", "block", "cycle", "all"]
+    assert len({line[-1] for line in lines}) == 1 and float(lines[0][-1]) > 0

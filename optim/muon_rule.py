@@ -1,0 +1,71 @@
+"""Muon's rule as a pure function of one matrix."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor
+
+from optim.base import work_dtype
+from optim.orthogonal import Coefficients, newton_schulz
+
+Scaling = Literal["moonlight", "keller"]
+
+
+def update_scale(rows: int, columns: int, scaling: Scaling) -> float:
+    """What an orthogonalized (rows, columns) matrix is multiplied by, beside the learning rate.
+
+    "moonlight": 0.2 * sqrt(max(rows, columns)), so that an update is as large as one of AdamW and
+    one learning rate serves both; "keller": sqrt(max(1, rows / columns)).
+    """
+    if scaling == "moonlight":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def muon_update(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    lr: float | Tensor,
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.1,
+    scaling: Scaling = "moonlight",
+    ns_steps: int = 5,
+    coefficients: Coefficients = "quintic",
+    pieces: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The rule, as a pure function of one matrix.
+
+        M = momentum * M + G
+        U = G + momentum * M       (nesterov, else M)
+        P = P * (1 - lr * weight_decay) - lr * scale * newton_schulz(U)
+
+    Args:
+        param: (rows, columns).
+        grad: of that shape.
+        momentum_buffer: M, of that shape, in the dtype of the arithmetic.
+        lr: a number or a 0-dim tensor.
+        momentum: decay of M, in [0, 1).
+        nesterov: whether to look one step ahead.
+        weight_decay: decoupled.
+        scaling: see `update_scale`.
+        ns_steps: iterations of `newton_schulz`.
+        coefficients: of `newton_schulz`.
+        pieces: matrices stacked along the rows, each orthogonalized (and scaled) on its own.
+
+    Returns:
+        New (param, M).
+    """
+    dtype = work_dtype(param.dtype)
+    p, g = param.to(dtype), grad.to(dtype)
+    m = momentum_buffer * momentum + g
+    u = g + momentum * m if nesterov else m
+    u = u.reshape(pieces, -1, param.shape[1])
+    o = newton_schulz(u, ns_steps, coefficients=coefficients, fused="off")
+    size = lr * update_scale(*u.shape[1:], scaling)
+    p = p * (1.0 - lr * weight_decay) - size * o.to(dtype).reshape(param.shape)
+    return p.to(param.dtype), m

@@ -1,0 +1,112 @@
+"""Launches after the first: what reaches the compiled kernel, and when Triton is asked again."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from optim.kernels import launcher
+from optim.kernels.launcher import Kernel, Launcher
+from optim.kernels.table import TensorTable, same_objects
+
+CUDA = torch.device("cuda", 0)  # nothing is launched
+
+
+class FakeKernel:
+    """Compiles on every call through Triton, and notes what its results are run with."""
+
+    def __init__(self):
+        self.compilations, self.runs = [], []
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*arguments, **options):
+            self.compilations.append((grid, arguments, options))
+            done = SimpleNamespace(function="f", packed_metadata="m")
+            done.run = lambda *values: self.runs.append(values)
+            return done
+
+        return compile_and_launch
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    stream = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
+    monkeypatch.setattr(launcher, "driver", stream)
+    monkeypatch.setattr(launcher, "_several", lambda: False)
+    return FakeKernel()
+
+
+def test_launcher_compiles_once_per_dtypes(fake):
+    x, y, fixed = torch.zeros(4), torch.ones(4), torch.zeros(2, dtype=torch.int32)
+    launch = Launcher(fake, (5,), CUDA, {"table": fixed, "n": 3, "BLOCK": 64}, num_warps=4)
+    launch(x)
+    assert len(fake.compilations) == 1 and not fake.runs
+    launch(y)
+    tail = (fixed.data_ptr(), 3, 64)
+    assert fake.runs == [(5, 1, 1, 7, "f", "m", None, None, None, y.data_ptr(), *tail)]
+    launch(x.half())
+    assert len(fake.compilations) == 2 and len(fake.runs) == 1
+
+
+def test_kernel_compiles_for_what_triton_specializes_on(fake):
+    kernel = Kernel(fake)
+    x = torch.zeros(64)
+
+    def call(tensor=x, number=32, scale=0.5, block=64, grid=(2, 3)):
+        before = len(fake.compilations)
+        kernel(grid, CUDA, (tensor, number, scale), {"BLOCK": block}, num_warps=4)
+        return len(fake.compilations) > before
+
+    assert call()
+    assert not call(grid=(9, 1), scale=0.25)
+    assert fake.runs[-1] == (9, 1, 1, 7, "f", "m", None, None, None, x.data_ptr(), 32, 0.25, 64)
+    assert not call(number=48) and not call(tensor=torch.zeros(64))
+    for changed in (
+        {"number": 33},
+        {"number": 1},
+        {"number": 1 << 31},
+        {"tensor": x[1:]},
+        {"tensor": x.half()},
+        {"block": 128},
+    ):
+        assert call(**changed), changed
+        assert not call(**changed), changed
+
+
+def test_a_profiler_sees_every_launch(fake, monkeypatch):
+    kernel, x = Kernel(fake), torch.zeros(4)
+    hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[print]), launch_exit_hook=None)
+    monkeypatch.setattr(launcher, "knobs", SimpleNamespace(runtime=hooks))
+    for _ in range(3):
+        kernel((1,), CUDA, (x,), {}, num_warps=4)
+    assert len(fake.compilations) == 3 and not fake.runs
+    hooks.launch_enter_hook = None
+    kernel((1,), CUDA, (x,), {}, num_warps=4)
+    assert len(fake.compilations) == 3 and len(fake.runs) == 1
+
+
+def test_tables_of_addresses_come_back():
+    table = TensorTable([3, 5], 4, torch.device("cpu"))
+    first = table.addresses((1, 2))
+    assert table.addresses((1, 2)) is first
+    second = table.addresses((3, 4))
+    assert table.addresses((1, 2)) is first and table.addresses((3, 4)) is second
+    for k in range(20):
+        table.addresses((k, k))
+    again = table.addresses((1, 2))
+    assert again is not first and torch.equal(again, first)
+
+
+def test_same_objects_are_objects_not_values():
+    from weakref import ref
+
+    x, y = torch.zeros(2), torch.zeros(2)
+    seen = [ref(x), ref(y)]
+    assert same_objects([x, y], seen)
+    assert not same_objects([y, x], seen)
+    assert not same_objects([x], seen)
+    assert not same_objects([x, None], seen)
+    del y
+    assert not same_objects([x, torch.zeros(2)], seen)
