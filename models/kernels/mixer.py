@@ -5,7 +5,7 @@ It works along the tokens of each feature. A program holds all tokens of 128 fea
 puzzle, so x is read where it lies (no transposes), the inner activations never leave the chip,
 and residual and norm cost nothing. Weights come padded to P tokens: gate and up (2 J, P), down
 transposed (J, P). Accumulators are (features, tokens) so that h feeds the second product from
-registers.
+registers. On Hopper GPUs `models.kernels.hopper.mixer` does the same in CUDA C++.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
+from models.kernels import hopper
+from models.kernels.hopper import mixer as hopper_mixer
 from models.kernels.launch import fast, next_power, precision, sigmoid
 
 MAX_TOKENS = 128
+USE_HOPPER = True  # whether Hopper's own kernels are taken where they can be
 
 
 @triton.jit
@@ -151,15 +154,26 @@ _WEIGHTS = {"BA": 128, "BD": 64, "num_warps": 8, "num_stages": 4}
 _SPLITS = 33  # shares of the puzzles; with 4 and 8 row tiles, one and two waves of 132 programs
 
 
-def pad_weights(gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """gate_up (2 J, L) and down (L, J) as the kernels take them: (2 J, P) and (J, P) in `dtype`."""
+def pad_weights(
+    gate_up: Tensor, down: Tensor, dtype: torch.dtype, on_hopper: bool = False
+) -> tuple[Tensor, Tensor]:
+    """gate_up (2 J, L) and down (L, J) as the kernels take them, in `dtype`.
+
+    (2 J, P) and (J, P); on Hopper (2 J, L up to a multiple of 8) and (L, J).
+    """
+    if on_hopper:
+        return hopper_mixer.pad(gate_up.to(dtype)), down.to(dtype)
     excess = next_power(gate_up.shape[1]) - gate_up.shape[1]
     return F.pad(gate_up.to(dtype), (0, excess)), F.pad(down.t().to(dtype), (0, excess))
 
 
 @custom_op("loopwright::token_mixer", mutates_args=())
-def _mix(x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor]:
+def _mix(
+    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, on_hopper: bool
+) -> tuple[Tensor, Tensor]:
     """out (B, L, D) and, if `save`, inv (B, D) for the backward; weights from `pad_weights`."""
+    if on_hopper:
+        return hopper_mixer.forward(x, gate_up, down, eps, save)
     batch, length, width = x.shape
     inner, padded = down.shape
     out = torch.empty_like(x)
@@ -172,62 +186,102 @@ def _mix(x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool) -> tu
 
 
 @_mix.register_fake
-def _(x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, on_hopper: bool
+) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], x.shape[2]) if save else (1,)
     return torch.empty_like(x), x.new_empty(shape, dtype=torch.float32)
 
 
 @custom_op("loopwright::token_mixer_backward", mutates_args=())
 def _mix_backward(
-    x: Tensor, out: Tensor, inv: Tensor, dout: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor,
+    out: Tensor,
+    inv: Tensor,
+    dout: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    on_hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (B, L, D), and in float32 d gate_up (2 J, L), d down (L, J)."""
+    if on_hopper:
+        length, inner = down.shape
+        down_t = hopper_mixer.pad(down.t()).contiguous()
+        keep = not hopper_mixer.sums_weights(length, inner)
+        dx, dy, dgu, h = hopper_mixer.backward(x, out, inv, dout, gate_up, down_t, keep)
+        if not keep:
+            return dx, *hopper_mixer.weight_gradients(x, dy, gate_up, down_t)
+    else:
+        dx, dy, dgu, h = _inner_gradients(x, out, inv, dout, gate_up, down)
+    dgate_up, ddown = _weight_gradient(dgu, x), _weight_gradient(h, dy)
+    return dx, dgate_up.contiguous(), ddown.t().contiguous()
+
+
+def _inner_gradients(
+    x: Tensor, out: Tensor, inv: Tensor, dout: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx and dy (B, L, D), d gate | d up (B, D, 2 J), h (B, D, J)."""
     batch, length, width = x.shape
     inner, padded = down.shape
-    kind = precision(x.dtype)
     dx, dy = torch.empty_like(x), torch.empty_like(x)
     dgu = torch.empty((batch, width, 2 * inner), dtype=x.dtype, device=x.device)
     h = torch.empty((batch, width, inner), dtype=x.dtype, device=x.device)
     backward_kernel[(batch * triton.cdiv(width, _BACKWARD["BD"]),)](
         x, out, inv, dout, gate_up, down, dx, dy, dgu, h, length, width, inner,
-        FAST=fast(x), PRECISION=kind, P=padded, **_BACKWARD,
+        FAST=fast(x), PRECISION=precision(x.dtype), P=padded, **_BACKWARD,
     )  # fmt: skip
-    grads = []
-    for a, b in ((dgu, x), (h, dy)):
-        rows = a.shape[2]
-        part = torch.empty((_SPLITS, rows, padded), dtype=torch.float32, device=x.device)
-        weights_kernel[(triton.cdiv(rows, _WEIGHTS["BA"]), _SPLITS)](
-            a, b, part, batch, rows, length, width, _SPLITS,
-            PRECISION=kind, P=padded, **_WEIGHTS,
-        )  # fmt: skip
-        grads.append(part.sum(0)[:, :length])
-    return dx, grads[0].contiguous(), grads[1].t().contiguous()
+    return dx, dy, dgu, h
+
+
+def _weight_gradient(a: Tensor, b: Tensor) -> Tensor:
+    """Σ over the puzzles of a[i]ᵀ b[i]ᵀ: a (B, D, A), b (B, L, D) → (A, L) float32."""
+    batch, width, rows = a.shape
+    length = b.shape[1]
+    padded = next_power(length)
+    part = torch.empty((_SPLITS, rows, padded), dtype=torch.float32, device=a.device)
+    weights_kernel[(triton.cdiv(rows, _WEIGHTS["BA"]), _SPLITS)](
+        a, b, part, batch, rows, length, width, _SPLITS,
+        PRECISION=precision(a.dtype), P=padded, **_WEIGHTS,
+    )  # fmt: skip
+    return part.sum(0)[:, :length]
 
 
 @_mix_backward.register_fake
 def _(
-    x: Tensor, out: Tensor, inv: Tensor, dout: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor,
+    out: Tensor,
+    inv: Tensor,
+    dout: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    on_hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    length, inner = x.shape[1], down.shape[0]
+    length, inner = x.shape[1], gate_up.shape[0] // 2
     wide = x.new_empty((2 * inner, length), dtype=torch.float32)
     return torch.empty_like(x), wide, x.new_empty((length, inner), dtype=torch.float32)
 
 
 class _TokenMixer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up, down, eps):
+    def forward(ctx, x, gate_up, down, eps, on_hopper):
         x = x.contiguous()
-        padded = pad_weights(gate_up, down, x.dtype)
-        out, inv = _mix(x, *padded, eps, True)
+        padded = pad_weights(gate_up, down, x.dtype, on_hopper)
+        out, inv = _mix(x, *padded, eps, True, on_hopper)
         ctx.save_for_backward(x, out, inv, *padded)
         ctx.kinds = gate_up.dtype, down.dtype
+        ctx.on_hopper = on_hopper
         return out
 
     @staticmethod
     def backward(ctx, dout):
         x, out, inv, *padded = ctx.saved_tensors
-        dx, dgate_up, ddown = _mix_backward(x, out, inv, dout.contiguous(), *padded)
-        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), None
+        dx, dgate_up, ddown = _mix_backward(x, out, inv, dout.contiguous(), *padded, ctx.on_hopper)
+        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), None, None
+
+
+@torch.compiler.assume_constant_result
+def _on_hopper(device: int) -> bool:
+    return hopper.available(device)
 
 
 def token_mixer(x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
@@ -243,6 +297,8 @@ def token_mixer(x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
         (B, L, D) in the dtype of x. Products are accumulated in float32; rounded to the dtype of x
         are the weights, h and the result (the plain path also rounds gate, up and the sum).
     """
+    on_hopper = USE_HOPPER and hopper_mixer.takes(x, down.shape[1]) and _on_hopper(x.device.index)
     if torch.is_grad_enabled():
-        return _TokenMixer.apply(x, gate_up, down, eps)
-    return _mix(x.contiguous(), *pad_weights(gate_up, down, x.dtype), eps, False)[0]
+        return _TokenMixer.apply(x, gate_up, down, eps, on_hopper)
+    padded = pad_weights(gate_up, down, x.dtype, on_hopper)
+    return _mix(x.contiguous(), *padded, eps, False, on_hopper)[0]

@@ -22,7 +22,8 @@ from torch import Tensor
 from models.kernels.hopper.compile import CompileError, cubin, nvrtc, wgmma
 from models.kernels.hopper.driver import Kernel, load, row_map, weight_map
 
-_PLAIN, _SWIGLU, _SWIGLU_SAVE, _DSWIGLU, _RESIDUAL = range(5)  # as in gemm.cu
+_PLAIN, _SWIGLU, _SWIGLU_SAVE, _DSWIGLU, _RESIDUAL, _NORM = range(6)  # as in gemm.cu
+NORM_WIDTHS = (128, 256, 512, 1024)  # a row in one cluster of at most four thread blocks
 _SHARED_BYTES = 227 * 1024  # that one thread block may use
 
 
@@ -33,13 +34,11 @@ class Plan:
     epilogue: int
     k: int
     columns: int
-    bn: int
-    stationary: bool
-    stages: int
-    wgs: int = 2
+    bn: int = 256
+    stationary: bool = False
+    stages: int = 0
     cm: int = 1
     cn: int = 1
-    sums: bool = False
 
     @property
     def out(self) -> int:
@@ -49,40 +48,41 @@ class Plan:
     @property
     def rows(self) -> int:
         """Rows of the result in a tile."""
-        return 64 if self.stationary else 64 * self.wgs
+        return 64 if self.stationary else 128
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of a stage: 64 columns of a tile of x, and of W where it streams."""
+        return 128 * (self.rows + (0 if self.stationary else self.bn))
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a thread block: W, the stages, barriers, alignment."""
-        return _weights_bytes(self) + self.stages * _stage_bytes(self) + 8 * self.k // 64 + 1536
-
-
-def _stage_bytes(p: Plan) -> int:
-    return 128 * (p.rows + (0 if p.stationary else p.bn))
-
-
-def _weights_bytes(p: Plan) -> int:
-    return 2 * p.bn * p.k if p.stationary else 0
+        """Dynamic shared memory of a block: W, the stages, barriers, alignment, sums of squares."""
+        weights = 2 * self.bn * self.k if self.stationary else 0
+        small = 1536 + 8 * (self.k // 64) + 8 * self.cn * self.rows
+        return weights + self.stages * self.stage_bytes + small
 
 
 @functools.cache
-def plan(epilogue: int, k: int, columns: int, sums: bool = False) -> Plan:
+def plan(epilogue: int, k: int, columns: int) -> Plan:
     """The plan for a product with K = k and `columns` columns of result: a rule, no timing."""
-    if k <= 512:  # W stays in shared memory
-        p = Plan(epilogue, k, columns, bn=128, stationary=True, stages=0, sums=sums)
-        p = replace(p, cn=2 if columns // p.out % 2 == 0 else 1)
-        most = 6 if epilogue in (_DSWIGLU, _RESIDUAL) else 12  # these want L1 for what they read
-    else:
-        p = Plan(epilogue, k, columns, bn=256, stationary=False, stages=0, cm=2, sums=sums)
-        if epilogue == _DSWIGLU or columns % p.out:  # registers for gate and up; narrow results
-            p = replace(p, bn=128)
-        most = 8
-    return replace(p, stages=min(most, (_SHARED_BYTES - p.shared_bytes) // _stage_bytes(p)))
+    p = Plan(epilogue, k, columns, cm=2)
+    if epilogue == _DSWIGLU:  # gate and up take the registers of the other half of 256 columns
+        p = replace(p, bn=128)
+        if k <= 512:
+            p = replace(p, stationary=True, cm=1, cn=2 if columns % 256 == 0 else 1)
+    elif columns % p.out:
+        p = replace(p, bn=128)
+    if epilogue == _NORM:
+        p = replace(p, cm=1, cn=columns // p.bn)
+    return replace(p, stages=min(8, (_SHARED_BYTES - p.shared_bytes) // p.stage_bytes))
 
 
 @functools.cache
 def _kernel(p: Plan, device: int) -> Kernel:
-    source = wgmma(p.bn) + Path(__file__).with_name("gemm.cu").read_text()
+    folder = Path(__file__).parent
+    files = ((folder / name).read_text(encoding="utf-8") for name in ("instructions.cu", "gemm.cu"))
+    source = "\n".join((wgmma(p.bn), *files))
     macros = {
         "EPILOGUE": p.epilogue,
         "K": p.k,
@@ -90,13 +90,11 @@ def _kernel(p: Plan, device: int) -> Kernel:
         "BN": p.bn,
         "STATIONARY": int(p.stationary),
         "STAGES": p.stages,
-        "WGS": p.wgs,
         "CM": p.cm,
         "CN": p.cn,
-        "SUMS": int(p.sums),
     }
     code = cubin(source, macros)
-    return load(code, "gemm", 128 * (p.wgs + 1), p.shared_bytes, p.cm * p.cn)
+    return load(code, "gemm", 384, p.shared_bytes, p.cm * p.cn)
 
 
 def _run(
@@ -106,7 +104,8 @@ def _run(
     other: Tensor | None,
     out: Tensor,
     wide: Tensor | None = None,
-    sums: Tensor | None = None,
+    factors: Tensor | None = None,
+    eps: float = 0.0,
 ) -> None:
     if not out.numel():
         return
@@ -114,7 +113,7 @@ def _run(
         kernel = _kernel(p, x.device.index)
         rows = out.numel() // p.columns
         clusters = -(-rows // (p.rows * p.cm)) * (p.columns // p.out // p.cn)
-        pointers = (0 if t is None else t.data_ptr() for t in (other, out, wide, sums))
+        pointers = (0 if t is None else t.data_ptr() for t in (other, out, wide, factors))
         kernel.launch(
             clusters,
             torch.cuda.current_stream().cuda_stream,
@@ -123,6 +122,7 @@ def _run(
                 weight_map(w, p.bn // 2),
                 *map(ctypes.c_void_p, pointers),
                 ctypes.c_uint32(rows),
+                ctypes.c_float(eps),
             ),
         )
 
@@ -190,17 +190,22 @@ def linear_dswiglu(dy: Tensor, w_t: Tensor, gate_up: Tensor) -> tuple[Tensor, Te
     return wide, h
 
 
-def linear_residual(
-    x: Tensor, w: Tensor, r: Tensor, squares: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """`r + F.linear(x, w)`: x (..., K), w (N, K), r (..., N) → (..., N).
+def linear_residual(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
+    """`r + F.linear(x, w)`: x (..., K), w (N, K), r (..., N) → (..., N)."""
+    out = r.new_empty(r.shape)
+    _run(plan(_RESIDUAL, w.shape[1], w.shape[0]), x, w, r, out)
+    return out
 
-    With `squares` also (parts, M) float32, whose sum over the parts is that of the squares of a
-    row of the result (as rounded): what an RMSNorm after it needs.
+
+def linear_residual_norm(
+    x: Tensor, w: Tensor, r: Tensor, eps: float, save: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`v = r + F.linear(x, w); v / sqrt(mean(v², -1) + eps)`, and the row's factor if `save`.
+
+    x (..., K), w (N, K) with N one of NORM_WIDTHS, r (..., N) → (..., N), and (...) float32 or
+    None: 1 / sqrt(mean(v²) + eps), by which the backward gets from d y to d v. v is not rounded.
     """
     out = r.new_empty(r.shape)
-    p = plan(_RESIDUAL, w.shape[1], w.shape[0], squares)
-    rows = r.numel() // w.shape[0]
-    sums = x.new_empty(p.columns // p.out, rows, dtype=torch.float32) if squares else None
-    _run(p, x, w, r, out, None, sums)
-    return out, sums
+    factors = r.new_empty(r.shape[:-1], dtype=torch.float32) if save else None
+    _run(plan(_NORM, w.shape[1], w.shape[0]), x, w, r, out, None, factors, eps)
+    return out, factors

@@ -108,3 +108,31 @@ __device__ __forceinline__ void wgmma(float (&d)[{values}], unsigned long long a
     : {outputs} : "l"(a), "l"(b), "r"(accumulate));
 }}
 """
+
+
+def wgmma_named(
+    name: str, columns: int, registers: bool, turned_a: bool = False, turned_b: bool = False
+) -> str:
+    """The function `name(d, a, b, accumulate)`, like `wgmma` above.
+
+    registers: a comes in four registers, in bf16 pairs. turned_a, turned_b: a lies as (16, 64),
+    b as (16, columns) in shared memory, not as (64, 16) and (columns, 16).
+    """
+    values = columns // 2
+    d = ", ".join(f"%{i}" for i in range(values))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(values))
+    parts = [f'"r"(a[{i}])' for i in range(4)] if registers else ['"l"(a)']
+    a = ", ".join(f"%{values + i}" for i in range(len(parts)))
+    a = f"{{{a}}}" if registers else a
+    at = values + len(parts)  # of b; then comes whether d is added to
+    kind = "const unsigned (&a)[4]" if registers else "unsigned long long a"
+    turned = f"{int(turned_b)}" if registers else f"{int(turned_a)}, {int(turned_b)}"
+    return f"""
+__device__ __forceinline__ void {name}(float (&d)[{values}], {kind},
+                                       unsigned long long b, int accumulate) {{
+  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{at + 1}, 0;\\n"
+    "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{d}}},"
+    " {a}, %{at}, p, 1, 1, {turned};\\n}}"
+    : {outputs} : {", ".join(parts)}, "l"(b), "r"(accumulate));
+}}
+"""

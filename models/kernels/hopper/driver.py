@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-_BFLOAT16, _SWIZZLE_128B, _PROMOTE_256B = 9, 3, 3  # of CUtensorMap
+_BFLOAT16, _PROMOTE_256B = 9, 3  # of CUtensorMap
+_SWIZZLES = {64: 2, 128: 3}  # bytes of a row of the box
 
 
 class DriverError(RuntimeError):
@@ -89,10 +92,11 @@ def load(code: bytes, name: str, threads: int, shared_bytes: int, cluster: int) 
 
 
 def _encode(
-    pointer: int, sizes: list[int], strides: list[int], box: list[int]
+    pointer: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
 ) -> ctypes.Array[ctypes.c_uint64]:
     """A tensor map of bfloat16 (128 bytes): sizes and box in elements, fastest dimension first;
-    strides in bytes, of all dimensions but the fastest."""
+    strides in bytes, of all dimensions but the fastest. A row of the box, 64 or 128 bytes, is
+    swizzled by as much."""
     room = (ctypes.c_uint64 * 24)()  # the map needs 64-byte alignment: 16 words of 24
     at = -ctypes.addressof(room) % 64
     result = (ctypes.c_uint64 * 16).from_buffer(room, at)
@@ -106,7 +110,7 @@ def _encode(
         (ctypes.c_uint64 * (rank - 1))(*strides),
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
-        *(0, _SWIZZLE_128B, _PROMOTE_256B, 0),  # no interleaving; outside is read as zero
+        *(0, _SWIZZLES[2 * box[0]], _PROMOTE_256B, 0),  # no interleaving; outside is read as zero
     )
     _check(status, "cuTensorMapEncodeTiled")
     return result
@@ -136,3 +140,17 @@ def row_map(x: Tensor, box_rows: int) -> ctypes.Array:
 def weight_map(w: Tensor, box_rows: int) -> ctypes.Array:
     """The same of a weight whose rows are laid in the order that gemm.cu explains at its top."""
     return _weight_map(w.data_ptr(), w.shape[0], w.shape[1], box_rows)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tensor_map(
+    pointer: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> ctypes.Array:
+    return _encode(pointer, sizes, strides, box)
+
+
+def tensor_map(x: Tensor, box: tuple[int, ...]) -> ctypes.Array:
+    """Tensor map of x, contiguous, in boxes (of elements) whose fastest dimension comes first."""
+    sizes = tuple(reversed(x.shape))
+    strides = tuple(2 * math.prod(sizes[:i]) for i in range(1, len(sizes)))
+    return _tensor_map(x.data_ptr(), sizes, strides, box)

@@ -1,31 +1,34 @@
 // y = epilogue(x Wᵀ) on Hopper (sm_90a): bf16 operands, float32 accumulation, any number of rows M.
 //
-// One warpgroup loads tiles of x and W by TMA, the other WGS multiply (wgmma) and write the result.
+// One warpgroup loads tiles of x and W by TMA, the other two multiply (wgmma) and write the result.
 // Thread blocks stay resident and walk over the tiles. Two schedules, chosen at compile time:
 //
+//   streaming: x and W come through a ring of stages; the warpgroups share a tile of 128 rows.
 //   STATIONARY (K up to 512): the block keeps its BN rows of W for the whole of K in shared memory
 //     and streams tiles of 64 rows of x past them. Each multiplying warpgroup owns whole tiles in
-//     turn, so that one's epilogue hides behind the others' products.
-//   streaming (any K): x and W both stream through the ring of stages; the warpgroups share a tile
-//     of 64·WGS rows.
+//     turn, so that one's epilogue hides behind the others' products: for epilogues that are bound
+//     by the memory. For the others BN = 256, which has no room for this, is faster.
 //
 // A cluster is CM × CN blocks: those in a row of it share the tile of x, those in a column share
 // the tile of W; each loads its part and multicasts it to the others.
 //
 // The rows of W are laid into shared memory so that a thread's accumulators are 8 neighbouring
 // columns of the result (row 8j + 2q + b of each 32 holds column 8q + 2j + b): results, and the
-// other operands of the epilogue, move between registers and global memory 16 bytes at a time.
+// other operand of the epilogue, move between registers and global memory 16 bytes at a time.
 //
 // Compile-time: EPILOGUE, K, COLUMNS (of the result: h for SwiGLU), BN (rows of W a tile),
-// STATIONARY, STAGES, WGS, CM, CN, SUMS; and the function wgmma(), written for BN by compile.py.
+// STATIONARY, STAGES, CM, CN; and the function wgmma(), written for BN by compile.py. What wraps a
+// single instruction is in instructions.cu.
 
 #define PLAIN 0        // out = x Wᵀ
 #define SWIGLU 1       // W = [gate | up]: out = silu(gate) ⊙ up
 #define SWIGLU_SAVE 2  // and wide = [gate | up]
 #define DSWIGLU 3      // x Wᵀ is dh; other = [gate | up]: wide = [d gate | d up], out = h
 #define RESIDUAL 4     // out = other + x Wᵀ
+#define NORM 5         // the same, then RMSNorm: a cluster spans the row; factors, if given
 
 #define GATED (EPILOGUE == SWIGLU || EPILOGUE == SWIGLU_SAVE)
+constexpr int WGS = 2;                         // multiplying warpgroups
 constexpr int BK = 64;                         // 128 bytes: the width of a swizzled row
 constexpr int KB = K / BK;                     // blocks of K in a tile
 constexpr int BM = STATIONARY ? 64 : 64 * WGS; // rows of x in a stage
@@ -35,129 +38,18 @@ constexpr int A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2;
 constexpr int STAGE_BYTES = A_BYTES + (STATIONARY ? 0 : B_BYTES);
 constexpr int NGROUPS = COLUMNS / OUT / CN;    // tiles of the result in a row of it, in clusters
 constexpr int VALUES = BN / 2;                 // accumulators of a thread
-
-typedef unsigned u32;
-typedef unsigned long long u64;
-typedef unsigned short bf16;
-struct alignas(64) TensorMap { u64 opaque[16]; };
-struct alignas(16) Eight { u32 pair[4]; };     // 8 bf16
+constexpr int PARTS = EPILOGUE == DSWIGLU ? 2 : 1;  // of `other`: gate and up
+// At first the second warpgroup stays this many blocks behind the first, so that their epilogues
+// take turns; where these wait for operands it does not pay.
+constexpr int SKEW = STATIONARY || EPILOGUE > SWIGLU ? 0 : KB < 2 ? KB : 2;
 
 struct Shared {
   u64 full[STAGES], empty[STAGES];             // a stage's bytes have come; it may be overwritten
   u64 weights_full[KB], weights_empty;         // the same for the stationary rows of W
-  u64 turn[WGS];                               // the tile before this warpgroup's has its stages
+  u64 turn[WGS];                               // this warpgroup may go on to its tile
+  u64 squares_full[2][WGS];                    // the other blocks' sums of squares have come
+  float squares[2][CN][BM];                    // of the parts of a row, for even and odd tiles
 };
-
-// ---- instructions ------------------------------------------------------------------------------
-
-__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u64* bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(bar)), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_wait(u64* bar, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@p bra done;\nbra again;\ndone:\n}"
-      ::"r"(address(bar)), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u64* bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-               ::"r"(address(bar)), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u64* bar, u32 block) {  // in a block of the cluster
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}"
-      ::"r"(address(bar)), "r"(block) : "memory");
-}
-
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// Columns [column, column + 64) of rows from `row` of x into shared memory, here or in all of mask.
-template <bool MULTICAST>
-__device__ __forceinline__ void load_x(void* to, const TensorMap* map, u64* bar, int column,
-                                       int row, u32 mask) {
-  if (MULTICAST)
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;"
-        ::"r"(address(to)), "l"(map), "r"(address(bar)), "r"(column), "r"(row), "h"((bf16)mask)
-        : "memory");
-  else
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%3, %4}], [%2];"
-        ::"r"(address(to)), "l"(map), "r"(address(bar)), "r"(column), "r"(row) : "memory");
-}
-
-// The same for W, whose map has the dimensions (k, b, q, j, row / 32): see the top.
-template <bool MULTICAST>
-__device__ __forceinline__ void load_w(void* to, const TensorMap* map, u64* bar, int column,
-                                       int row, u32 mask) {
-  if (MULTICAST)
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%3, %5, %5, %5, %4}], [%2], %6;"
-        ::"r"(address(to)), "l"(map), "r"(address(bar)), "r"(column), "r"(row / 32), "r"(0),
-        "h"((bf16)mask) : "memory");
-  else
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%3, %5, %5, %5, %4}], [%2];"
-        ::"r"(address(to)), "l"(map), "r"(address(bar)), "r"(column), "r"(row / 32), "r"(0)
-        : "memory");
-}
-
-// Matrix descriptor: rows of 128 bytes, swizzled in groups of 8 rows (1,024 bytes).
-__device__ __forceinline__ u64 descriptor(const void* p) {
-  return (u64)((address(p) & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-__device__ __forceinline__ Eight load8(const bf16* p) {
-  Eight v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.pair[0]), "=r"(v.pair[1]), "=r"(v.pair[2]), "=r"(v.pair[3]) : "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ void store8(bf16* p, Eight v) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.pair[0]),
-               "r"(v.pair[1]), "r"(v.pair[2]), "r"(v.pair[3]) : "memory");
-}
-
-__device__ __forceinline__ float get(const Eight& v, int i) {  // element i as float
-  return __uint_as_float(i & 1 ? v.pair[i / 2] & 0xFFFF0000u : v.pair[i / 2] << 16);
-}
-
-__device__ __forceinline__ Eight round8(const float* v) {
-  Eight r;
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r.pair[i]) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
-  return r;
-}
-
-// 1 / (1 + exp(-x)): relative error under 2⁻²¹, bf16 rounds at 2⁻⁹.
-__device__ __forceinline__ float sigmoid(float x) {
-  float e, r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
-  return r;
-}
 
 // ---- the walk over the tiles -------------------------------------------------------------------
 
@@ -182,12 +74,11 @@ __device__ __forceinline__ Walk walk(u32 M) {
 // ---- epilogue ----------------------------------------------------------------------------------
 
 struct Operands {   // what the epilogue reads, 8 columns × 2 rows × OUT / 32 groups a thread
-  Eight v[EPILOGUE == DSWIGLU ? 2 : 1][2][OUT / 32];
+  Eight v[PARTS][2][OUT / 32];
 };
 
 // row: of this thread's first accumulators (the others are 8 below); column: of its first eight.
 __device__ __forceinline__ void fetch(Operands& o, const bf16* other, u32 row, u32 column, u32 M) {
-  constexpr int PARTS = EPILOGUE == DSWIGLU ? 2 : 1;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     u64 r = min(row + 8 * half, M - 1);  // rows past the end are read but not written
@@ -199,52 +90,82 @@ __device__ __forceinline__ void fetch(Operands& o, const bf16* other, u32 row, u
   }
 }
 
-__device__ __forceinline__ void epilogue(const float (&d)[VALUES], const Operands& o, bf16* out,
-                                         bf16* wide, float* sums, u32 row, u32 column, u32 M) {
+__device__ __forceinline__ int index(int half, int g, int i) {  // of column 32g + i: see the top
+  return 16 * g + 4 * (i / 2) + 2 * half + i % 2;
+}
+
+// d += other; factor: of RMSNorm, for both rows of this thread. `tile` counts this block's tiles.
+__device__ __forceinline__ void residual(float (&d)[VALUES], const Operands& o, float (&factor)[2],
+                                         Shared& s, int group, u32 tile, u32 row, float eps) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    factor[half] = 0;
+#pragma unroll
+    for (int j = 0; j < OUT / 4; j++) {
+      float& v = d[index(half, j / 8, j % 8)];
+      v += get(o.v[0][half][j / 8], j % 8);
+      factor[half] += v * v;
+    }
+  }
+  if (EPILOGUE != NORM) return;
+  const u32 rank = cluster_rank(), cn = rank % CN;
+  u64* bar = &s.squares_full[tile & 1][group];
+  float (&squares)[CN][BM] = s.squares[tile & 1];
+  if (CN > 1 && threadIdx.x % 128 == 0) barrier_expect(bar, 64 * 4 * (CN - 1));
+#pragma unroll
+  for (int half = 0; half < 2; half++) {  // the four lanes of a row, then the blocks of a cluster
+    factor[half] += __shfl_xor_sync(~0u, factor[half], 1);
+    factor[half] += __shfl_xor_sync(~0u, factor[half], 2);
+    if (threadIdx.x % 4 == 0)
+      for (u32 block = 0; block < CN; block++)
+        if (block != cn)
+          store_remote(&squares[cn][row + 8 * half], factor[half], bar, rank - cn + block);
+  }
+  if (CN > 1) barrier_wait(bar, tile / 2 & 1);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float sum = 0;
+    for (u32 block = 0; block < CN; block++)  // in one order, so that all blocks agree
+      sum += block == cn ? factor[half] : squares[block][row + 8 * half];
+    factor[half] = rsqrtf(sum / COLUMNS + eps);
+  }
+}
+
+__device__ __forceinline__ void epilogue(const float (&d)[VALUES], const Operands& o,
+                                         const float (&factor)[2], bf16* out, bf16* wide,
+                                         float* factors, u32 row, u32 column, u32 M) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     u32 r = row + 8 * half;
-    bool inside = r < M;
+    if (r >= M) return;
+    if (EPILOGUE == NORM && factors && column == 0) factors[r] = factor[half];
     bf16* to = out + (u64)r * COLUMNS + column;
-    bf16* pair_to = wide + (u64)r * (2 * COLUMNS) + column;
-    float squares = 0;
+    bf16* wide_to = wide + (u64)r * (2 * COLUMNS) + column;
 #pragma unroll
     for (int g = 0; g < OUT / 32; g++) {
       float v[8], a[8], b[8];
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        float x = d[16 * g + 4 * (i / 2) + 2 * half + i % 2];
+        float x = d[index(half, g, i)];
         if (GATED) {
           a[i] = x;
-          b[i] = d[(VALUES / 2 + 16 * g + 4 * (i / 2) + 2 * half + i % 2) % VALUES];
+          b[i] = d[(VALUES / 2 + index(half, g, i)) % VALUES];
           v[i] = a[i] * sigmoid(a[i]) * b[i];
         } else if (EPILOGUE == DSWIGLU) {
-          float gate = get(o.v[0][half][g], i), up = get(o.v[EPILOGUE == DSWIGLU][half][g], i);
+          float gate = get(o.v[0][half][g], i), up = get(o.v[PARTS - 1][half][g], i);
           float s = sigmoid(gate), silu = gate * s;
           v[i] = silu * up;
           a[i] = x * up * (s + silu * (1 - s));  // d silu / d gate = s (1 + gate (1 - s))
           b[i] = x * silu;
         } else {
-          v[i] = EPILOGUE == RESIDUAL ? x + get(o.v[0][half][g], i) : x;
+          v[i] = EPILOGUE == NORM ? x * factor[half] : x;
         }
       }
-      Eight rounded = round8(v);
-      if (inside) {
-        store8(to + 32 * g, rounded);
-        if (EPILOGUE == SWIGLU_SAVE || EPILOGUE == DSWIGLU) {
-          store8(pair_to + 32 * g, round8(a));
-          store8(pair_to + COLUMNS + 32 * g, round8(b));
-        }
+      store8(to + 32 * g, round8(v));
+      if (EPILOGUE == SWIGLU_SAVE || EPILOGUE == DSWIGLU) {
+        store8(wide_to + 32 * g, round8(a));
+        store8(wide_to + COLUMNS + 32 * g, round8(b));
       }
-      if (SUMS) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) squares += get(rounded, i) * get(rounded, i);
-      }
-    }
-    if (SUMS) {  // of the OUT columns of this row: the four lanes that share it
-      squares += __shfl_xor_sync(~0u, squares, 1);
-      squares += __shfl_xor_sync(~0u, squares, 2);
-      if (inside && threadIdx.x % 4 == 0) sums[(u64)(column / OUT) * M + r] = squares;
     }
   }
 }
@@ -254,7 +175,7 @@ __device__ __forceinline__ void epilogue(const float (&d)[VALUES], const Operand
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (WGS + 1), 1)
 gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
      const bf16* __restrict__ other, bf16* __restrict__ out, bf16* __restrict__ wide,
-     float* __restrict__ sums, u32 M) {
+     float* __restrict__ factors, u32 M, float eps) {
   extern __shared__ unsigned char dynamic[];
   unsigned char* base = dynamic + (-address(dynamic) & 1023);
   unsigned char* stages = base + (STATIONARY ? KB * B_BYTES : 0);
@@ -267,7 +188,11 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     }
     for (int i = 0; i < KB; i++) barrier_init(&s.weights_full[i], 1);
     barrier_init(&s.weights_empty, 4 * WGS);
-    for (int i = 0; i < WGS; i++) barrier_init(&s.turn[i], 1);
+    for (int i = 0; i < WGS; i++) {
+      barrier_init(&s.turn[i], 1);
+      barrier_init(&s.squares_full[0][i], 1);
+      barrier_init(&s.squares_full[1][i], 1);
+    }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
@@ -277,7 +202,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
   const int group = threadIdx.x / 128 - 1;
 
   if (group < 0) {  // ---- the loading warpgroup: one thread of it
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
       u32 x_mask = ((1u << CN) - 1) << (cm * CN), w_mask = 0;
       for (int i = 0; i < CM; i++) w_mask |= 1u << (i * CN + cn);
@@ -294,15 +219,14 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         }
         // The tile's two halves of W: gate and up, or its left and right columns.
         int row = (m * CM + cm) * BM + cn * (BM / CN);
-        int half[2];
-        half[0] = (n * CN + cn) * OUT;
-        half[1] = GATED ? COLUMNS + half[0] : half[0] + BN / 2;
+        int half = (n * CN + cn) * OUT, other_half = GATED ? COLUMNS : BN / 2;
+#pragma unroll 1
         for (int kb = 0; kb < KB; kb++) {
           if (load_weights) {
             barrier_expect(&s.weights_full[kb], B_BYTES);
             for (int p = 0; p < 2; p++)
               load_w<false>(base + kb * B_BYTES + p * (B_BYTES / 2), &w_map, &s.weights_full[kb],
-                            kb * BK, half[p], 0);
+                            kb * BK, half + p * other_half, 0);
           }
           unsigned char* to = stages + stage * STAGE_BYTES;
           barrier_wait(&s.empty[stage], phase);
@@ -312,13 +236,13 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
             for (int p = 0; p < 2; p++)
               if (CM == 1 || p == cm)
                 load_w<(CM > 1)>(to + A_BYTES + p * (B_BYTES / 2), &w_map, &s.full[stage], kb * BK,
-                                 half[p], w_mask);
+                                 half + p * other_half, w_mask);
           if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
       }
     }
   } else {  // ---- a multiplying warpgroup
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WGS == 2 ? 240 : 160));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     int weights = -1;   // the n whose weights this warpgroup uses
     u32 changes = 0;    // how many it has used
@@ -350,6 +274,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       // Only a parity tells the uses of a stage apart: those of the tile before must have come
       // full before this warpgroup may wait for its own.
       if (STATIONARY) barrier_wait(&s.turn[group], (i / WGS & 1) ^ (group == 0));
+      if (SKEW && i == 0 && group > 0) barrier_wait(&s.turn[group], 0);
 #pragma unroll 1
       for (int kb = 0; kb < KB; kb++) {
         if (new_weights) barrier_wait(&s.weights_full[kb], (changes - 1) & 1);
@@ -365,16 +290,20 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
           if (lane < CLUSTER) barrier_arrive(&s.empty[last], lane);
         }
-        if (STATIONARY && kb == KB - 1 && threadIdx.x % 128 == 0)
-          barrier_arrive(&s.turn[(group + 1) % WGS], rank);
+        if (STATIONARY ? kb == KB - 1 : i == 0 && kb == SKEW - 1)
+          if (threadIdx.x % 128 == 0) barrier_arrive(&s.turn[(group + 1) % WGS], rank);
         last = stage;
         if (++stage == STAGES) { stage = 0; phase ^= 1; }
       }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       if (lane < CLUSTER) barrier_arrive(&s.empty[last], lane);
+      __syncwarp();  // and the compiler moves none of the epilogue before this
 #pragma unroll
       for (int j = 0; j < VALUES; j++) asm volatile("" : "+f"(d[j])::"memory");
-      epilogue(d, o, out, wide, sums, row, column, M);
+      float factor[2] = {1, 1};
+      if (EPILOGUE >= RESIDUAL)
+        residual(d, o, factor, s, group, i, 64 * group + warp * 16 + lane / 4, eps);
+      epilogue(d, o, factor, out, wide, factors, row, column, M);
     }
     if (STATIONARY && tiles.count) {
       int m, n;
