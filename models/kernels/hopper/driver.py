@@ -136,3 +136,15 @@ def row_map(x: Tensor, box_rows: int) -> ctypes.Array:
 def weight_map(w: Tensor, box_rows: int) -> ctypes.Array:
     """The same of a weight whose rows are laid in the order that gemm.cu explains at its top."""
     return _weight_map(w.data_ptr(), w.shape[0], w.shape[1], box_rows)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tile_map(pointer: int, batch: int, rows: int, columns: int, box_rows: int) -> ctypes.Array:
+    strides = [2 * columns, 2 * columns * rows]
+    return _encode(pointer, [columns, rows, batch], strides, [64, box_rows, 1])
+
+
+def tile_map(x: Tensor, box_rows: int) -> ctypes.Array:
+    """Tensor map of x (batch, rows, columns), read in boxes of one × box_rows × 64, swizzled by
+    128 bytes; rows past the end are zeros."""
+    return _tile_map(x.data_ptr(), *x.shape, box_rows)
