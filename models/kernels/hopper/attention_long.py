@@ -1,6 +1,7 @@
 """Self-attention over up to 1,024 tokens on Hopper GPUs, RoPE inside: attention_long.cu.
 
 Heads of 64 features, every token sees all, bfloat16. Deterministic; fit for CUDA graphs.
+`attend` takes what `models.kernels.long_attention.supported` says.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.kernels import hopper
 from models.kernels.hopper.attention import HEAD_DIM, wgmma
 from models.kernels.hopper.compile import cubin
 from models.kernels.hopper.driver import Kernel, load, tile_map
@@ -53,15 +53,6 @@ class Plan:
 @functools.cache
 def _kernel(p: Plan, device: int) -> Kernel:
     return load(cubin(*p.source()), "attend_long", p.threads, p.shared_bytes, 1)
-
-
-def supported(qkv: Tensor, cos: Tensor, heads: int, rope: bool) -> bool:
-    """Whether `attend` takes qkv (B, L, 3 D), contiguous: bfloat16, heads of 64, Hopper."""
-    if not (qkv.is_cuda and qkv.dtype == torch.bfloat16 and hopper.available(qkv.device.index)):
-        return False
-    table = not rope or (cos.dtype == torch.float32 and cos.data_ptr() % 16 == 0)
-    fits = qkv.shape[1] <= MAX_TOKENS and qkv.shape[2] == 3 * heads * HEAD_DIM
-    return fits and table and qkv.data_ptr() % 16 == 0 and qkv.shape[0] * heads < 2**31
 
 
 def attend(
