@@ -1,0 +1,254 @@
+// What the forward and the backward of short attention share (sm_90a). A puzzle's qkv product is
+// (L, 3, heads, 64) bf16; one item of work is one head of one puzzle.
+//
+// One thread loads the items' tiles by TMA, two ahead for every team; a team of MB warpgroups,
+// 64 tokens each, computes an item from tiles that lie in shared memory once. A tile is LP tokens ×
+// 64 features: rows of 128 bytes whose 16-byte chunks are swizzled (chunk ^ row % 8), as TMA writes
+// and wgmma reads them. Tokens past the end are zeros.
+//
+// Compile-time: LENGTH (≤ 128), TEAMS, ROPE, CAUSAL, SAVE; and the wgmma functions, written for
+// LENGTH by attention.py.
+
+typedef unsigned u32;
+typedef unsigned long long u64;
+typedef unsigned short bf16;
+struct alignas(64) TensorMap { u64 opaque[16]; };
+struct alignas(16) Eight { u32 pair[4]; };       // 8 bf16
+struct alignas(16) Four { float v[4]; };
+
+constexpr int N = (LENGTH + 7) / 8 * 8;          // columns of the scores
+constexpr int LP = (LENGTH + 15) / 16 * 16;      // rows of a tile
+constexpr int MB = (LENGTH + 63) / 64;           // warpgroups of a team, blocks of 64 rows
+constexpr int STEPS = LP / 16;                   // of a sum over tokens
+constexpr int TILE = LP * 128;
+constexpr int STAGES = 2 * TEAMS;
+constexpr int TEAM = 128 * MB;                   // threads
+constexpr int TABLE = ROPE ? LENGTH * 256 : 0;   // bytes of cos and sin
+constexpr int SLACK = LP < 64 ? 8192 : 0;        // wgmma reads 64 rows whatever a tile has
+constexpr float LOG2E = 1.4426950408889634f, SCALE = 0.125f;
+
+__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u64* bar, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(bar)), "r"(count));
+}
+
+__device__ __forceinline__ void barrier_wait(u64* bar, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra done;\nbra again;\ndone:\n}"
+      ::"r"(address(bar)), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u64* bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               ::"r"(address(bar)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u64* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(bar)) : "memory");
+}
+
+__device__ __forceinline__ void sync_threads(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// What this thread wrote to shared memory becomes visible to wgmma and TMA (after a barrier).
+__device__ __forceinline__ void proxy_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Columns [column, column + 64) of all tokens of a puzzle.
+__device__ __forceinline__ void load_tile(unsigned char* to, const TensorMap* map, u64* bar,
+                                          int column, int puzzle) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];"
+      ::"r"(address(to)), "l"(map), "r"(address(bar)), "r"(column), "r"(0), "r"(puzzle)
+      : "memory");
+}
+
+// ---- wgmma -------------------------------------------------------------------------------------
+
+// Matrix descriptor of rows of 128 bytes, swizzled in groups of 8 rows (1,024 bytes), either way
+// round: along the rows (16 columns further: + 2) or across them (16 rows further: + 128).
+__device__ __forceinline__ u64 descriptor(const void* p) {
+  return (u64)((address(p) & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
+__device__ __forceinline__ void wgmma_begin() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Nothing that uses or makes these registers moves to the other side.
+template <int COUNT> __device__ __forceinline__ void settle(float (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int COUNT> __device__ __forceinline__ void settle(u32 (&p)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(p[i])::"memory");
+}
+
+// s (64, N) = a bᵀ over the 64 features; a and b are tiles from their first row of interest.
+__device__ __forceinline__ void scores(float (&s)[N / 2], const void* a, const void* b) {
+  u64 at = descriptor(a), bt = descriptor(b);
+#pragma unroll
+  for (int k = 0; k < 4; k++) wgmma_scores(s, at + 2 * k, bt + 2 * k, k);
+  wgmma_commit();
+}
+
+// d (64, 64) = p b over the tokens: p from registers (as packed by `pack`), b a tile.
+__device__ __forceinline__ void mix(float (&d)[32], const u32 (&p)[4 * STEPS], const void* b) {
+  u64 bt = descriptor(b);
+#pragma unroll
+  for (int t = 0; t < STEPS; t++)
+    wgmma_mix(d, p[4 * t], p[4 * t + 1], p[4 * t + 2], p[4 * t + 3], bt + 128 * t, t);
+  wgmma_commit();
+}
+
+__device__ __forceinline__ u32 round2(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+// The accumulators of a (64, N) product as the operand of the next one: word 2 j + h is of the
+// thread's row h (lane / 4 + 8 h) and its two columns of the eight 8 j …
+__device__ __forceinline__ void pack(u32 (&p)[4 * STEPS], const float (&s)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < 4 * STEPS; i++) p[i] = 2 * i < N / 2 ? round2(s[2 * i % (N / 2)],
+                                                                    s[(2 * i + 1) % (N / 2)]) : 0;
+}
+
+// ---- shared memory -----------------------------------------------------------------------------
+
+__device__ __forceinline__ unsigned char* chunk_of(unsigned char* tile, int row, int chunk) {
+  return tile + row * 128 + ((chunk ^ (row & 7)) << 4);
+}
+
+__device__ __forceinline__ void store_matrices(const void* to, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(address(to)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+
+__device__ __forceinline__ float power2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// Without a branch, at which the compiler would wait for all products under way.
+__device__ __forceinline__ void store_if(bool inside, bf16* to, Eight v) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}"
+               ::"l"(to), "r"(v.pair[0]), "r"(v.pair[1]), "r"(v.pair[2]), "r"(v.pair[3]),
+               "r"((int)inside) : "memory");
+}
+
+// 16 rows of d (64, 64), from `row` on, to global memory through 16 rows of shared memory `by`,
+// which start at a multiple of 8 rows of a tile.
+__device__ __forceinline__ void store_rows(const float (&d)[32], unsigned char* by, int row,
+                                           bf16* to, u32 stride) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int t = 0; t < 4; t++)
+    store_matrices(chunk_of(by, (lane / 8 & 1) * 8 + lane % 8, 2 * t + lane / 16),
+                   round2(d[8 * t], d[8 * t + 1]), round2(d[8 * t + 2], d[8 * t + 3]),
+                   round2(d[8 * t + 4], d[8 * t + 5]), round2(d[8 * t + 6], d[8 * t + 7]));
+  __syncwarp();
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    int r = 4 * k + lane / 8;
+    Eight v = *(const Eight*)chunk_of(by, r, lane % 8);
+    store_if(row + r < LENGTH, to + (u64)(row + r) * stride + lane % 8 * 8, v);
+  }
+  __syncwarp();
+}
+
+// ---- rotation ----------------------------------------------------------------------------------
+
+// cos and sin (L, 32) of a (L, 64) table with equal halves, in rows of 128 bytes swizzled like a
+// tile; four floats of columns 8 c + 4 h … are chunk 4 h + c.
+struct Table {
+  unsigned char* cos;
+  unsigned char* sin;
+
+  // By the teams' threads together.
+  __device__ __forceinline__ void fill(const float* cos_from, const float* sin_from) const {
+    for (int i = threadIdx.x; i < LENGTH * 8; i += TEAM * TEAMS) {
+      int row = i / 8, four = i % 8, at = four % 2 * 4 + four / 2;
+      *(Four*)chunk_of(cos, row, at) = *(const Four*)(cos_from + row * 64 + 4 * four);
+      *(Four*)chunk_of(sin, row, at) = *(const Four*)(sin_from + row * 64 + 4 * four);
+    }
+    sync_threads(15, TEAM * TEAMS);
+  }
+};
+
+__device__ __forceinline__ void rotate(unsigned char* tile, int row, int c, const Four (&cos)[2],
+                                       const Four (&sin)[2]) {
+  Eight* first = (Eight*)chunk_of(tile, row, c);
+  Eight* second = (Eight*)chunk_of(tile, row, c + 4);
+  Eight x = *first, y = *second;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float c0 = cos[i / 2].v[2 * i % 4], c1 = cos[i / 2].v[2 * i % 4 + 1];
+    float s0 = sin[i / 2].v[2 * i % 4], s1 = sin[i / 2].v[2 * i % 4 + 1];
+    float x0 = low(x.pair[i]), x1 = high(x.pair[i]), y0 = low(y.pair[i]), y1 = high(y.pair[i]);
+    x.pair[i] = round2(x0 * c0 - y0 * s0, x1 * c1 - y1 * s1);
+    y.pair[i] = round2(y0 * c0 + x0 * s0, y1 * c1 + x1 * s1);
+  }
+  *first = x;
+  *second = y;
+}
+
+// Row and chunk (of four) number i: eight neighbouring lanes touch all 32 banks.
+__device__ __forceinline__ int row_of(int i) { return i / 32 * 8 + i % 8 / 4 * 4 + i / 8 % 4; }
+
+// q and k of the row turned by the angles of its position, in place.
+__device__ __forceinline__ void rotate_both(unsigned char* q, unsigned char* k, const Table& table,
+                                            int row, int c) {
+  Four cos[2], sin[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    cos[h] = *(const Four*)chunk_of(table.cos, row, 4 * h + c);
+    sin[h] = *(const Four*)chunk_of(table.sin, row, 4 * h + c);
+  }
+  rotate(q, row, c, cos, sin);
+  rotate(k, row, c, cos, sin);
+}
+
+// ---- the block's set-up ------------------------------------------------------------------------
+
+struct Barriers { u64 full[STAGES], empty[STAGES]; };  // a stage has come; it may be overwritten
+
+__device__ __forceinline__ unsigned char* aligned_shared() {
+  extern __shared__ unsigned char dynamic[];
+  return dynamic + (-address(dynamic) & 1023);
+}
+
+__device__ __forceinline__ void init(Barriers& bars) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(&bars.full[i], 1);
+      barrier_init(&bars.empty[i], 4 * MB);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+}
+
+// A warp is done with the stage: what it wrote there comes before TMA's next bytes.
+__device__ __forceinline__ void release(Barriers& bars, int stage) {
+  proxy_fence();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(&bars.empty[stage]);
+}
