@@ -48,8 +48,8 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: the teams, and what loads: a warp, or (it lends registers) a warpgroup."""
-        return 128 * self.blocks * self.teams + (128 if self.backward else 32)
+        """Threads of a block: the teams, and the warpgroup that loads and lends its registers."""
+        return 128 * (self.blocks * self.teams + 1)
 
     @property
     def shared_bytes(self) -> int:

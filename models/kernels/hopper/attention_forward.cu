@@ -2,7 +2,7 @@
 
 constexpr int STAGE_BYTES = 3 * TILE;  // q, k, v
 
-extern "C" __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(TEAM * TEAMS + 32, 1)
+extern "C" __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(TEAM * TEAMS + 128, 1)
 attend(const __grid_constant__ TensorMap qkv_map, const float* __restrict__ cos,
        const float* __restrict__ sin, bf16* __restrict__ out, float* __restrict__ lse, u32 heads,
        u32 items) {
@@ -13,8 +13,9 @@ attend(const __grid_constant__ TensorMap qkv_map, const float* __restrict__ cos,
   init(bars);
   __syncthreads();
 
-  if (threadIdx.x >= TEAM * TEAMS) {  // ---- the loading warp: one thread of it
-    if (threadIdx.x % 32) return;
+  if (threadIdx.x >= TEAM * TEAMS) {  // ---- the loading warpgroup: one thread of it
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (threadIdx.x % 128) return;
     int i = 0;
     for (u32 item = blockIdx.x; item < items; item += gridDim.x, i++) {
       int stage = i % STAGES, head = item % heads, puzzle = item / heads;
@@ -28,6 +29,8 @@ attend(const __grid_constant__ TensorMap qkv_map, const float* __restrict__ cos,
   }
 
   // ---- a team: its items are every TEAMS-th of the block's, so its stages are its own
+  // The block starts with 96 registers a thread, or 168; what the loading warpgroup lends is 16, 72.
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(TEAM * TEAMS > 256 ? 112 : 240));
   const int team = threadIdx.x / TEAM, rank = threadIdx.x % TEAM, block = rank / 128;
   const int lane = threadIdx.x % 32, first = block * 64 + rank / 32 % 4 * 16;  // row of the warp
   const int row = first + lane / 4;                                           // and row + 8
