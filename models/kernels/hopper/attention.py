@@ -23,7 +23,7 @@ MAX_TOKENS, HEAD_DIM = 128, 64
 
 @dataclass(frozen=True)
 class Plan:
-    """The compile-time choices of attention_common.cu."""
+    """The compile-time choices of attention_short.cu."""
 
     backward: bool
     length: int
@@ -63,9 +63,9 @@ class Plan:
 
     def source(self) -> tuple[str, dict[str, int]]:
         """The kernel's text and its macros."""
-        texts = [_wgmma("scores", -(-self.length // 8) * 8, "ss", across=False)]
-        texts += [_wgmma("mix", 64, "rs", across=True), _wgmma("across", 64, "ss", across=True)]
-        names = ("common", "backward" if self.backward else "forward")
+        texts = [wgmma("scores", -(-self.length // 8) * 8, "ss", across=False)]
+        texts += [wgmma("mix", 64, "rs", across=True), wgmma("across", 64, "ss", across=True)]
+        names = ("common", "short", "backward" if self.backward else "forward")
         texts += [Path(__file__).with_name(f"attention_{name}.cu").read_text() for name in names]
         macros = {
             "LENGTH": self.length,
@@ -77,7 +77,7 @@ class Plan:
         return "\n".join(texts), macros
 
 
-def _wgmma(name: str, columns: int, operands: str, across: bool) -> str:
+def wgmma(name: str, columns: int, operands: str, across: bool) -> str:
     """The function `wgmma_NAME(d, a, b, accumulate)`: d (64, columns) (+)= a (64, 16) b.
 
     operands: "ss", a and b in shared memory, or "rs", a in four registers. across: b, and a in

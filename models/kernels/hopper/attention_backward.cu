@@ -1,4 +1,4 @@
-// dqkv from dout and what the forward pass saved; see attention_common.cu.
+// dqkv from dout and what the forward pass saved; see attention_short.cu.
 //
 // All scores are transposed, (keys, queries), so that they feed dk and dv from registers; only dS
 // passes through shared memory, for dq. Each warpgroup owns 64 keys, then 64 queries.
@@ -44,9 +44,9 @@ attend_backward(const __grid_constant__ TensorMap qkv_map,
       barrier_wait(&bars.empty[stage], (i / STAGES & 1) ^ 1);
       barrier_expect(&bars.full[stage], STAGE_BYTES);
       for (int p = 0; p < 3; p++)
-        load_tile(to + p * TILE, &qkv_map, &bars.full[stage], (p * heads + head) * 64, puzzle);
-      load_tile(to + 3 * TILE, &dout_map, &bars.full[stage], head * 64, puzzle);
-      load_tile(to + 4 * TILE, &out_map, &bars.full[stage], head * 64, puzzle);
+        load_tile(to + p * TILE, &qkv_map, &bars.full[stage], (p * heads + head) * 64, 0, puzzle);
+      load_tile(to + 3 * TILE, &dout_map, &bars.full[stage], head * 64, 0, puzzle);
+      load_tile(to + 4 * TILE, &out_map, &bars.full[stage], head * 64, 0, puzzle);
     }
     return;
   }

@@ -1,13 +1,9 @@
-// What the forward and the backward of short attention share (sm_90a). A puzzle's qkv product is
-// (L, 3, heads, 64) bf16; one item of work is one head of one puzzle.
+// What the attention kernels share (sm_90a). A puzzle's qkv product is (L, 3, heads, 64) bf16.
 //
-// One thread loads the items' tiles by TMA, two ahead for every team; a team of MB warpgroups,
-// 64 tokens each, computes an item from tiles that lie in shared memory once. A tile is LP tokens ×
-// 64 features: rows of 128 bytes whose 16-byte chunks are swizzled (chunk ^ row % 8), as TMA writes
-// and wgmma reads them. Tokens past the end are zeros.
+// A tile is some tokens × 64 features in shared memory: rows of 128 bytes whose 16-byte chunks are
+// swizzled (chunk ^ row % 8), as TMA writes and wgmma reads them. Tokens past the end are zeros.
 //
-// Compile-time: LENGTH (≤ 128), TEAMS, ROPE, CAUSAL, SAVE; and the wgmma functions, written for
-// LENGTH by attention.py.
+// Compile-time: LENGTH; and the wgmma functions, written by attention.py.
 
 typedef unsigned u32;
 typedef unsigned long long u64;
@@ -16,15 +12,6 @@ struct alignas(64) TensorMap { u64 opaque[16]; };
 struct alignas(16) Eight { u32 pair[4]; };       // 8 bf16
 struct alignas(16) Four { float v[4]; };
 
-constexpr int N = (LENGTH + 7) / 8 * 8;          // columns of the scores
-constexpr int LP = (LENGTH + 15) / 16 * 16;      // rows of a tile
-constexpr int MB = (LENGTH + 63) / 64;           // warpgroups of a team, blocks of 64 rows
-constexpr int STEPS = LP / 16;                   // of a sum over tokens
-constexpr int TILE = LP * 128;
-constexpr int STAGES = 2 * TEAMS;
-constexpr int TEAM = 128 * MB;                   // threads
-constexpr int TABLE = ROPE ? LENGTH * 256 : 0;   // bytes of cos and sin
-constexpr int SLACK = LP < 64 ? 8192 : 0;        // wgmma reads 64 rows whatever a tile has
 constexpr float LOG2E = 1.4426950408889634f, SCALE = 0.125f;
 
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -59,13 +46,13 @@ __device__ __forceinline__ void proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Columns [column, column + 64) of all tokens of a puzzle.
+// Columns [column, column + 64) of a puzzle's tokens from `token` on, as many as the map's box has.
 __device__ __forceinline__ void load_tile(unsigned char* to, const TensorMap* map, u64* bar,
-                                          int column, int puzzle) {
+                                          int column, int token, int puzzle) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %5}], [%2];"
-      ::"r"(address(to)), "l"(map), "r"(address(bar)), "r"(column), "r"(0), "r"(puzzle)
+      ::"r"(address(to)), "l"(map), "r"(address(bar)), "r"(column), "r"(token), "r"(puzzle)
       : "memory");
 }
 
@@ -97,20 +84,23 @@ template <int COUNT> __device__ __forceinline__ void settle(u32 (&p)[COUNT]) {
   for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(p[i])::"memory");
 }
 
-// s (64, N) = a bᵀ over the 64 features; a and b are tiles from their first row of interest.
-__device__ __forceinline__ void scores(float (&s)[N / 2], const void* a, const void* b) {
+// s (64, 2 V) = a bᵀ over the 64 features; a and b are tiles from their first row of interest.
+template <int V>
+__device__ __forceinline__ void scores(float (&s)[V], const void* a, const void* b) {
   u64 at = descriptor(a), bt = descriptor(b);
 #pragma unroll
   for (int k = 0; k < 4; k++) wgmma_scores(s, at + 2 * k, bt + 2 * k, k);
   wgmma_commit();
 }
 
-// d (64, 64) = p b over the tokens: p from registers (as packed by `pack`), b a tile.
-__device__ __forceinline__ void mix(float (&d)[32], const u32 (&p)[4 * STEPS], const void* b) {
+// d (64, 64) (+)= p b over tokens: p from registers (as packed by `pack`), b a tile.
+template <int WORDS>
+__device__ __forceinline__ void mix(float (&d)[32], const u32 (&p)[WORDS], const void* b,
+                                    int accumulate = 0) {
   u64 bt = descriptor(b);
 #pragma unroll
-  for (int t = 0; t < STEPS; t++)
-    wgmma_mix(d, p[4 * t], p[4 * t + 1], p[4 * t + 2], p[4 * t + 3], bt + 128 * t, t);
+  for (int t = 0; t < WORDS / 4; t++)
+    wgmma_mix(d, p[4 * t], p[4 * t + 1], p[4 * t + 2], p[4 * t + 3], bt + 128 * t, accumulate | t);
   wgmma_commit();
 }
 
@@ -120,12 +110,12 @@ __device__ __forceinline__ u32 round2(float low, float high) {
   return r;
 }
 
-// The accumulators of a (64, N) product as the operand of the next one: word 2 j + h is of the
-// thread's row h (lane / 4 + 8 h) and its two columns of the eight 8 j …
-__device__ __forceinline__ void pack(u32 (&p)[4 * STEPS], const float (&s)[N / 2]) {
+// The accumulators of a (64, 2 V) product as the operand of the next one, with zeros for columns
+// past the end: word 2 j + h is of the thread's row h (lane / 4 + 8 h), two of the columns 8 j ….
+template <int WORDS, int V>
+__device__ __forceinline__ void pack(u32 (&p)[WORDS], const float (&s)[V]) {
 #pragma unroll
-  for (int i = 0; i < 4 * STEPS; i++) p[i] = 2 * i < N / 2 ? round2(s[2 * i % (N / 2)],
-                                                                    s[(2 * i + 1) % (N / 2)]) : 0;
+  for (int i = 0; i < WORDS; i++) p[i] = 2 * i < V ? round2(s[2 * i % V], s[(2 * i + 1) % V]) : 0;
 }
 
 // ---- shared memory -----------------------------------------------------------------------------
@@ -150,7 +140,8 @@ __device__ __forceinline__ float power2(float x) {
 
 // Without a branch, at which the compiler would wait for all products under way.
 __device__ __forceinline__ void store_if(bool inside, bf16* to, Eight v) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}"
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+               "@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}"
                ::"l"(to), "r"(v.pair[0]), "r"(v.pair[1]), "r"(v.pair[2]), "r"(v.pair[3]),
                "r"((int)inside) : "memory");
 }
@@ -177,23 +168,6 @@ __device__ __forceinline__ void store_rows(const float (&d)[32], unsigned char* 
 
 // ---- rotation ----------------------------------------------------------------------------------
 
-// cos and sin (L, 32) of a (L, 64) table with equal halves, in rows of 128 bytes swizzled like a
-// tile; four floats of columns 8 c + 4 h … are chunk 4 h + c.
-struct Table {
-  unsigned char* cos;
-  unsigned char* sin;
-
-  // By the teams' threads together.
-  __device__ __forceinline__ void fill(const float* cos_from, const float* sin_from) const {
-    for (int i = threadIdx.x; i < LENGTH * 8; i += TEAM * TEAMS) {
-      int row = i / 8, four = i % 8, at = four % 2 * 4 + four / 2;
-      *(Four*)chunk_of(cos, row, at) = *(const Four*)(cos_from + row * 64 + 4 * four);
-      *(Four*)chunk_of(sin, row, at) = *(const Four*)(sin_from + row * 64 + 4 * four);
-    }
-    sync_threads(15, TEAM * TEAMS);
-  }
-};
-
 __device__ __forceinline__ void rotate(unsigned char* tile, int row, int c, const Four (&cos)[2],
                                        const Four (&sin)[2]) {
   Eight* first = (Eight*)chunk_of(tile, row, c);
@@ -214,41 +188,9 @@ __device__ __forceinline__ void rotate(unsigned char* tile, int row, int c, cons
 // Row and chunk (of four) number i: eight neighbouring lanes touch all 32 banks.
 __device__ __forceinline__ int row_of(int i) { return i / 32 * 8 + i % 8 / 4 * 4 + i / 8 % 4; }
 
-// q and k of the row turned by the angles of its position, in place.
-__device__ __forceinline__ void rotate_both(unsigned char* q, unsigned char* k, const Table& table,
-                                            int row, int c) {
-  Four cos[2], sin[2];
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    cos[h] = *(const Four*)chunk_of(table.cos, row, 4 * h + c);
-    sin[h] = *(const Four*)chunk_of(table.sin, row, 4 * h + c);
-  }
-  rotate(q, row, c, cos, sin);
-  rotate(k, row, c, cos, sin);
-}
-
 // ---- the block's set-up ------------------------------------------------------------------------
-
-struct Barriers { u64 full[STAGES], empty[STAGES]; };  // a stage has come; it may be overwritten
 
 __device__ __forceinline__ unsigned char* aligned_shared() {
   extern __shared__ unsigned char dynamic[];
   return dynamic + (-address(dynamic) & 1023);
-}
-
-__device__ __forceinline__ void init(Barriers& bars) {
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) {
-      barrier_init(&bars.full[i], 1);
-      barrier_init(&bars.empty[i], 4 * MB);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-}
-
-// A warp is done with the stage: what it wrote there comes before TMA's next bytes.
-__device__ __forceinline__ void release(Barriers& bars, int stage) {
-  proxy_fence();
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(&bars.empty[stage]);
 }

@@ -1,4 +1,4 @@
-// out = softmax(q kᵀ / 8) v of rotated q and k; see attention_common.cu.
+// out = softmax(q kᵀ / 8) v of rotated q and k; see attention_short.cu.
 
 constexpr int STAGE_BYTES = 3 * TILE;  // q, k, v
 
@@ -23,13 +23,13 @@ attend(const __grid_constant__ TensorMap qkv_map, const float* __restrict__ cos,
       barrier_expect(&bars.full[stage], STAGE_BYTES);
       for (int p = 0; p < 3; p++)
         load_tile(stages + stage * STAGE_BYTES + p * TILE, &qkv_map, &bars.full[stage],
-                  (p * heads + head) * 64, puzzle);
+                  (p * heads + head) * 64, 0, puzzle);
     }
     return;
   }
 
   // ---- a team: its items are every TEAMS-th of the block's, so its stages are its own
-  // The block starts with 96 registers a thread, or 168; what the loading warpgroup lends is 16, 72.
+  // The block starts with 96 registers a thread, or 168; the loading warpgroup lends 16, or 72.
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(TEAM * TEAMS > 256 ? 112 : 240));
   const int team = threadIdx.x / TEAM, rank = threadIdx.x % TEAM, block = rank / 128;
   const int lane = threadIdx.x % 32, first = block * 64 + rank / 32 % 4 * 16;  // row of the warp
@@ -103,8 +103,8 @@ attend(const __grid_constant__ TensorMap qkv_map, const float* __restrict__ cos,
 #pragma unroll
       for (int j = 0; j < 32; j++) o[j] *= factor[j / 2 % 2];
       u32 width = heads * 64;
-      store_rows(o, q + first * 128, first, out + (u64)(item / heads) * LENGTH * width + item % heads * 64,
-                 width);
+      bf16* to = out + (u64)(item / heads) * LENGTH * width + item % heads * 64;
+      store_rows(o, q + first * 128, first, to, width);
     }
     release(bars, stage);
   }
