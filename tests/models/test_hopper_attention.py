@@ -1,4 +1,4 @@
-"""Short attention on Hopper: against float64, beside Triton, in a CUDA graph, repeated."""
+"""Attention on Hopper: against float64, beside Triton, in a CUDA graph, repeated."""
 
 import pytest
 import torch
@@ -119,6 +119,58 @@ def test_extreme_scores():
     assert torch.equal(out[::2], before[::2])
 
 
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize(
+    "batch, heads, length",
+    [(1, 1, 129), (3, 5, 192), (2, 3, 385), (50, 8, 256), (19, 8, 916), (2, 2, 1024)],
+)
+def test_long_against_float64(batch, heads, length, rope):
+    from models.kernels import long_attention as long
+
+    qkv, dout, table = draw(batch, length, heads)
+    tables = (table.cos, table.sin) if rope else (None, None)
+    wide = qkv.double().requires_grad_()
+    expected, _ = plain(wide, heads, *tables, False)
+    expected.backward(dout.double())
+    with torch.no_grad():
+        alone = long.long_attention(qkv, heads, *tables)
+    assert relative(alone, expected.detach()) < 5e-3
+    leaf = qkv.clone().requires_grad_()
+    out = long.long_attention(leaf, heads, *tables)
+    assert torch.equal(out, alone)
+    out.backward(dout)
+    for part, ref in zip(leaf.grad.chunk(3, -1), wide.grad.chunk(3, -1), strict=True):
+        assert relative(part, ref) < 1e-2
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_long_graph_and_repetition():
+    from models.kernels import long_attention as long
+
+    def run():
+        leaf = qkv.detach().requires_grad_()
+        out = long.long_attention(leaf, 8, table.cos, table.sin)
+        return out.detach(), *torch.autograd.grad(out, leaf, dout)
+
+    qkv, dout, table = draw(40, 300, 8)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = run()
+        for _ in range(5):
+            for t in again:
+                t.fill_(float("nan"))
+            graph.replay()
+            assert all(map(torch.equal, again, first))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_plans_fit():
     """Shared memory and registers of a thread block, whatever the length."""
     for length in range(1, short.MAX_TOKENS + 1):
@@ -128,6 +180,15 @@ def test_plans_fit():
             assert plan.rows >= length and 64 * plan.blocks >= plan.rows
             source, macros = plan.source()
             assert "wgmma_scores" in source and macros["LENGTH"] == length
+
+
+def test_long_plans_fit():
+    from models.kernels.hopper import attention_long
+
+    for length in range(129, attention_long.MAX_TOKENS + 1):
+        plan = attention_long.Plan(length, rope=True, save=True)
+        assert plan.shared_bytes <= 227 * 1024
+        assert plan.source()[1]["LENGTH"] == length
 
 
 def test_not_without_a_gpu():
