@@ -20,6 +20,7 @@ from models.kernels.hopper.attention import HEAD_DIM
 from models.kernels.launch import next_power
 
 MIN_TOKENS = 129  # fewer: models.kernels.attention
+_OWN_BACKWARD = False  # the Hopper kernels' in place of torch's FlashAttention's
 _HOPPER = False  # whether the kernels written for Hopper GPUs are taken where they are supported
 
 
@@ -48,6 +49,38 @@ def pack_kernel(
             low, high = (x * cos + y * sin).to(kind), (y * cos - x * sin).to(kind)
         tl.store(to + part * 2 * pairs, low, mask=mask)
         tl.store(to + part * 2 * pairs + H, high, mask=mask)
+
+
+@triton.jit
+def sums_kernel(
+    out_ptr, dout_ptr, lse_ptr, sums_ptr, L, heads, padded, R: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """sums (B heads, padded / 2, 4) from out, dout (B, L, heads, C), lse (B heads, L)."""
+    batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    t = tl.program_id(1) * R + tl.arange(0, R)
+    row = (batch.to(tl.int64) * L + t) * heads + head
+    at = row[:, None] * C + tl.arange(0, C)[None, :]
+    inside = t < L
+    out = tl.load(out_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    of_head = tl.program_id(0).to(tl.int64)
+    lse = tl.load(lse_ptr + of_head * L + t, mask=inside, other=float("inf"))
+    to = sums_ptr + of_head * 2 * padded + t // 2 * 4 + t % 2
+    tl.store(to, lse * 1.4426950408889634, mask=t < padded)
+    tl.store(to + 2, tl.sum(out * dout, axis=1), mask=t < padded)
+
+
+def backward_sums(out: Tensor, dout: Tensor, lse: Tensor, heads: int, padded: int) -> Tensor:
+    """Of every two tokens: lse / ln 2 twice, Σ out ⊙ dout twice; (B heads, padded / 2, 4) float32.
+
+    out, dout: (B, L, D). lse: (B, heads, L). Past the end: infinity and zero.
+    """
+    batch, length, width = out.shape
+    sums = lse.new_empty(batch * heads, padded // 2, 4)
+    sums_kernel[(batch * heads, triton.cdiv(padded, 64))](
+        out, dout, lse, sums, length, heads, padded, R=64, C=width // heads
+    )
+    return sums
 
 
 def pack_gradients(
@@ -89,6 +122,16 @@ def _attend_backward(
     heads: int, rope: bool,
 ) -> Tensor:  # fmt: skip
     """dqkv (B, L, 3 D)."""
+    if _OWN_BACKWARD:
+        sums = backward_sums(out, dout, lse, heads, attention_long.padded(out.shape[1]))
+        return attention_long.attend_backward(qkv, cos, sin, turned, dout, sums, heads, rope)
+    return _flash_backward(qkv, cos, sin, out, lse, turned, dout, heads, rope)
+
+
+def _flash_backward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, lse: Tensor, turned: Tensor, dout: Tensor,
+    heads: int, rope: bool,
+) -> Tensor:  # fmt: skip
     batch, length, width = out.shape
 
     def split(x: Tensor, parts: int) -> list[Tensor]:  # each (B, heads, L, head_dim)

@@ -189,6 +189,12 @@ def test_long_plans_fit():
         plan = attention_long.Plan(length, rope=True, save=True)
         assert plan.shared_bytes <= 227 * 1024
         assert plan.source()[1]["LENGTH"] == length
+        for plan in attention_long.backward_plans(length, True):
+            assert plan.shared_bytes <= 227 * 1024
+            rows, columns = plan.rows, plan.columns
+            assert attention_long.padded(length) >= max(
+                -(-length // n) * n for n in (rows, columns)
+            )
 
 
 def test_not_without_a_gpu():

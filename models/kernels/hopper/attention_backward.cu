@@ -8,17 +8,6 @@ constexpr int DS_TILE = MB * 8192;     // dSᵀ, (keys, 64 queries), with the ro
 constexpr int DS_BYTES = MB * DS_TILE; // of a team: one for each 64 queries
 constexpr int PAIRS = LP / 2;          // of queries: lse, lse, delta, delta
 
-// The gradient of a rotated q or k, rotated back.
-__device__ __forceinline__ void rotate_back(float (&d)[32], const float (&cos)[16],
-                                            const float (&sin)[16]) {
-#pragma unroll
-  for (int i = 0; i < 16; i++) {
-    float x = d[i], y = d[i + 16];
-    d[i] = x * cos[i] + y * sin[i];
-    d[i + 16] = y * cos[i] - x * sin[i];
-  }
-}
-
 extern "C" __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(TEAM * TEAMS + 128, 1)
 attend_backward(const __grid_constant__ TensorMap qkv_map,
                 const __grid_constant__ TensorMap dout_map,

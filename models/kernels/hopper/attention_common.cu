@@ -37,6 +37,12 @@ __device__ __forceinline__ void barrier_arrive(u64* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(bar)) : "memory");
 }
 
+// Once for the warp.
+__device__ __forceinline__ void arrive_if(u64* bar) {
+  __syncwarp();
+  if (bar && threadIdx.x % 32 == 0) barrier_arrive(bar);
+}
+
 __device__ __forceinline__ void sync_threads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -183,6 +189,17 @@ __device__ __forceinline__ void rotate(unsigned char* tile, int row, int c, cons
   }
   *first = x;
   *second = y;
+}
+
+// The gradient of a rotated q or k, rotated back.
+__device__ __forceinline__ void rotate_back(float (&d)[32], const float (&cos)[16],
+                                            const float (&sin)[16]) {
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    float x = d[i], y = d[i + 16];
+    d[i] = x * cos[i] + y * sin[i];
+    d[i + 16] = y * cos[i] - x * sin[i];
+  }
 }
 
 // Row and chunk (of four) number i: eight neighbouring lanes touch all 32 banks.

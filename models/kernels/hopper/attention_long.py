@@ -1,6 +1,7 @@
 """Self-attention over up to 1,024 tokens on Hopper GPUs, RoPE inside: attention_long.cu.
 
 Heads of 64 features, every token sees all, bfloat16. Deterministic; fit for CUDA graphs.
+`attend` takes what `models.kernels.long_attention.supported` says.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.kernels import hopper
 from models.kernels.hopper.attention import HEAD_DIM, wgmma
 from models.kernels.hopper.compile import cubin
 from models.kernels.hopper.driver import Kernel, load, tile_map
@@ -50,18 +50,74 @@ class Plan:
         return "\n".join(texts), macros
 
 
+def padded(length: int) -> int:
+    """Tokens of a head in `sums`: as many as any block or tile asks for."""
+    return -(-length // 64) * 64 + 192
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """The compile-time choices of attention_long_backward.cu."""
+
+    length: int
+    rope: bool
+    keys: bool
+    wgs: int
+    columns: int
+    stages: int = 4
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return 64 * self.wgs
+
+    @property
+    def threads(self) -> int:
+        """Threads: the multiplying warpgroups and the loading one."""
+        return 128 * (self.wgs + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: rows of two blocks, stages, barriers, alignment."""
+        stage = self.columns * (256 + (8 if self.keys else 0))
+        return 4 * 128 * self.rows + self.stages * (stage + 16) + 32 + 1024
+
+    def source(self) -> tuple[str, dict[str, int]]:
+        """The kernel's text and its macros."""
+        last = -(-((self.length - 1) % self.columns + 1) // 8) * 8
+        sizes = sorted({self.columns, last})
+        texts = [wgmma("scores", n, "ss", across=False) for n in sizes]
+        texts.append(wgmma("mix", HEAD_DIM, "rs", across=True))
+        for name in ("common", "long_backward"):
+            texts.append(Path(__file__).with_name(f"attention_{name}.cu").read_text())
+        macros = {
+            "LENGTH": self.length,
+            "PADDED": padded(self.length),
+            "ROPE": int(self.rope),
+            "KEYS": int(self.keys),
+            "WGS": self.wgs,
+            "COLS": self.columns,
+            "STAGES": self.stages,
+        }
+        return "\n".join(texts), macros
+
+
+def backward_plans(length: int, rope: bool) -> tuple[BackwardPlan, BackwardPlan]:
+    """The two passes of the backward: as many registers, and so tokens, as a warpgroup has."""
+    return (
+        BackwardPlan(length, rope, keys=True, wgs=2, columns=96),
+        BackwardPlan(length, rope, keys=False, wgs=3, columns=80),
+    )
+
+
 @functools.cache
 def _kernel(p: Plan, device: int) -> Kernel:
     return load(cubin(*p.source()), "attend_long", p.threads, p.shared_bytes, 1)
 
 
-def supported(qkv: Tensor, cos: Tensor, heads: int, rope: bool) -> bool:
-    """Whether `attend` takes qkv (B, L, 3 D), contiguous: bfloat16, heads of 64, Hopper."""
-    if not (qkv.is_cuda and qkv.dtype == torch.bfloat16 and hopper.available(qkv.device.index)):
-        return False
-    table = not rope or (cos.dtype == torch.float32 and cos.data_ptr() % 16 == 0)
-    fits = qkv.shape[1] <= MAX_TOKENS and qkv.shape[2] == 3 * heads * HEAD_DIM
-    return fits and table and qkv.data_ptr() % 16 == 0 and qkv.shape[0] * heads < 2**31
+@functools.cache
+def _backward_kernel(p: BackwardPlan, device: int) -> Kernel:
+    return load(cubin(*p.source()), "attend_long_backward", p.threads, p.shared_bytes, 1)
 
 
 def attend(
@@ -89,3 +145,36 @@ def attend(
                 ),
             )
     return out, lse, turned
+
+
+def attend_backward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, turned: Tensor, dout: Tensor, sums: Tensor,
+    heads: int, rope: bool,
+) -> Tensor:  # fmt: skip
+    """dqkv (B, L, 3 D) of `attend`; all contiguous.
+
+    turned: rotated q | k (B, L, 2 D). sums (B heads, padded(L) / 2, 4): of every two queries
+    lse / ln 2 (infinite past the end) and Σ out ⊙ dout.
+    """
+    batch, length = qkv.shape[:2]
+    dqkv = torch.empty_like(qkv)
+    for plan in backward_plans(length, rope):
+        own, tile = (turned, qkv), (turned, dout)
+        if not plan.keys:
+            own, tile = tile, own
+        items = batch * heads * -(-length // plan.rows)
+        if not items:
+            continue
+        with torch.cuda.device(qkv.device):
+            _backward_kernel(plan, qkv.device.index).launch(
+                items,
+                torch.cuda.current_stream().cuda_stream,
+                (
+                    *(tile_map(t, plan.rows) for t in own),
+                    *(tile_map(t, plan.columns) for t in tile),
+                    *(ctypes.c_void_p(t.data_ptr()) for t in (cos, sin, sums, dqkv)),
+                    ctypes.c_uint32(heads),
+                    ctypes.c_uint32(items),
+                ),
+            )
+    return dqkv
