@@ -1,9 +1,9 @@
 # ruff: noqa: ANN001, ANN201  (arguments of Triton functions have no Python types)
 """Self-attention over 129 to 1,024 tokens, straight from the packed qkv product, RoPE inside.
 
-The forward pass is a kernel for Hopper GPUs, which for the backward also leaves the rotated q and
-k; the gradients of the three are torch's FlashAttention's, and one pass in Triton rotates them back
-and lays them into dqkv: no other pass over memory is left around attention.
+Kernels for Hopper GPUs: the forward pass, which for the backward also leaves the rotated q and k;
+two that give dqkv, rotated back, and in Triton what those need of each token. No other pass over
+memory is left around attention.
 """
 
 from __future__ import annotations
@@ -17,38 +17,8 @@ from torch.library import custom_op
 from models.kernels import hopper
 from models.kernels.hopper import attention_long
 from models.kernels.hopper.attention import HEAD_DIM
-from models.kernels.launch import next_power
 
 MIN_TOKENS = 129  # fewer: models.kernels.attention
-_OWN_BACKWARD = False  # the Hopper kernels' in place of torch's FlashAttention's
-_HOPPER = False  # whether the kernels written for Hopper GPUs are taken where they are supported
-
-
-@triton.jit
-def pack_kernel(
-    dq_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, dqkv_ptr, rows, L, pairs,
-    ROPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
-):  # fmt: skip
-    """dqkv (rows, 3, heads, 2 H) from (rows, heads, 2 H) each; `pairs` = heads H of a row."""
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    c = tl.arange(0, C)
-    mask = (row < rows)[:, None] & (c < pairs)[None, :]
-    column = c // H * (2 * H) + c % H
-    at = row.to(tl.int64)[:, None] * (2 * pairs) + column[None, :]
-    to = dqkv_ptr + row.to(tl.int64)[:, None] * (6 * pairs) + column[None, :]
-    kind = dqkv_ptr.dtype.element_ty
-    if ROPE:
-        angle = (row % L)[:, None] * (2 * H) + (c % H)[None, :]
-        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-    for part in tl.static_range(3):
-        source = (dq_ptr, dk_ptr, dv_ptr)[part]
-        low, high = tl.load(source + at, mask=mask), tl.load(source + at + H, mask=mask)
-        if ROPE and part < 2:  # the rotation's transpose is the rotation back
-            x, y = low.to(tl.float32), high.to(tl.float32)
-            low, high = (x * cos + y * sin).to(kind), (y * cos - x * sin).to(kind)
-        tl.store(to + part * 2 * pairs, low, mask=mask)
-        tl.store(to + part * 2 * pairs + H, high, mask=mask)
 
 
 @triton.jit
@@ -83,21 +53,6 @@ def backward_sums(out: Tensor, dout: Tensor, lse: Tensor, heads: int, padded: in
     return sums
 
 
-def pack_gradients(
-    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, rope: bool
-) -> Tensor:
-    """dqkv (B, L, 3 D) from the gradients of rotated q and k, and of v, (B, L, heads, head_dim)."""
-    batch, length, heads, width = dq.shape
-    dq, dk, dv = (t.contiguous() for t in (dq, dk, dv))
-    dqkv = dq.new_empty(batch, length, 3 * heads * width)
-    rows, pairs, block = batch * length, heads * width // 2, 8
-    pack_kernel[(triton.cdiv(rows, block),)](
-        dq, dk, dv, cos, sin, dqkv, rows, length, pairs,
-        ROPE=rope, R=block, C=next_power(pairs), H=width // 2,
-    )  # fmt: skip
-    return dqkv
-
-
 @custom_op("loopwright::long_attention", mutates_args=())
 def _attend(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, rope: bool, save: bool
@@ -122,29 +77,8 @@ def _attend_backward(
     heads: int, rope: bool,
 ) -> Tensor:  # fmt: skip
     """dqkv (B, L, 3 D)."""
-    if _OWN_BACKWARD:
-        sums = backward_sums(out, dout, lse, heads, attention_long.padded(out.shape[1]))
-        return attention_long.attend_backward(qkv, cos, sin, turned, dout, sums, heads, rope)
-    return _flash_backward(qkv, cos, sin, out, lse, turned, dout, heads, rope)
-
-
-def _flash_backward(
-    qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, lse: Tensor, turned: Tensor, dout: Tensor,
-    heads: int, rope: bool,
-) -> Tensor:  # fmt: skip
-    batch, length, width = out.shape
-
-    def split(x: Tensor, parts: int) -> list[Tensor]:  # each (B, heads, L, head_dim)
-        x = x.view(batch, length, parts, heads, width // heads)
-        return [t.transpose(1, 2) for t in x.unbind(2)]
-
-    (q, k), v = split(turned, 2), split(qkv, 3)[2]
-    unused = torch.empty(2, dtype=torch.uint64, device=qkv.device)  # random state, for dropout
-    gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        *split(dout, 1), q, k, v, *split(out, 1), lse, None, None, length, length,
-        0.0, False, unused, unused,
-    )  # fmt: skip
-    return pack_gradients(*(t.transpose(1, 2) for t in gradients), cos, sin, rope)
+    sums = backward_sums(out, dout, lse, heads, attention_long.padded(out.shape[1]))
+    return attention_long.attend_backward(qkv, cos, sin, turned, dout, sums, heads, rope)
 
 
 @_attend_backward.register_fake
@@ -193,7 +127,7 @@ def long_attention(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | No
 def supported(qkv: Tensor, heads: int) -> bool:
     """Whether `long_attention` takes qkv (B, L, 3 D): by device, dtype and shape."""
     length, width = qkv.shape[1], qkv.shape[2]
-    if not _HOPPER or not qkv.is_cuda or qkv.dtype != torch.bfloat16:
+    if not qkv.is_cuda or qkv.dtype != torch.bfloat16:
         return False
     fits = MIN_TOKENS <= length <= attention_long.MAX_TOKENS and width == 3 * heads * HEAD_DIM
     return fits and _on_hopper(qkv.device.index)

@@ -120,29 +120,6 @@ def test_short_attention(batch, length, heads, head_dim, rope, causal, dtype):
 
 @in_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rope", [True, False])
-@pytest.mark.parametrize("batch, length, heads", [(1, 1, 1), (2, 11, 3), (3, 7, 8)])
-def test_packed_gradients(batch, length, heads, rope, dtype):
-    """The gradients of rotated q, k and of v, rotated back into dqkv: as autograd has it."""
-    from models.kernels.long_attention import pack_gradients
-    from models.layers import RotaryTable
-
-    torch.manual_seed(0)
-    table = RotaryTable(64, length, 10000.0).to(DEVICE)
-    gradients = [draw(batch, length, heads, 64, dtype=dtype) for _ in range(3)]
-    qkv = draw(batch, length, 3 * heads * 64, dtype=dtype).double().requires_grad_()
-    q, k, v = qkv.view(batch, length, 3, heads, 64).unbind(2)
-    if rope:
-        q, k = table(q), table(k)
-    torch.autograd.backward((q, k, v), [t.double() for t in gradients])
-    strided = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in gradients)
-    packed = pack_gradients(*strided, table.cos, table.sin, rope)
-    assert packed.dtype == dtype
-    assert relative(packed, qkv.grad) <= TOLERANCE[dtype]
-
-
-@in_kernel
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch, length, heads", [(1, 1, 1), (2, 65, 3)])
 def test_backward_sums(batch, length, heads, dtype):
     """In pairs of tokens, what the backward of long attention reads; padded."""

@@ -29,17 +29,16 @@ __device__ __forceinline__ void turn(unsigned char* tile, int rows, int first,
 #pragma unroll 2
   for (int j = threadIdx.x % 128; j < 4 * rows; j += 128) {
     int row = row_of(j), c = j % 4, token = first + row;
-    if (token >= LENGTH) continue;
-    if (ROPE) {
-      const Four* at = (const Four*)(cos_from + token * 64 + 8 * c);
-      const Four* sin_at = (const Four*)(sin_from + token * 64 + 8 * c);
-      Four cos[2] = {at[0], at[1]}, sin[2] = {sin_at[0], sin_at[1]};
+    if (ROPE) {  // rows past the end, too: zeros stay zeros
+      int at = min(token, LENGTH - 1) * 64 + 8 * c;
+      const Four *c_at = (const Four*)(cos_from + at), *s_at = (const Four*)(sin_from + at);
+      Four cos[2] = {c_at[0], c_at[1]}, sin[2] = {s_at[0], s_at[1]};
       rotate(tile, row, c, cos, sin);
     }
     if (SAVE) {
       bf16* into = to + (u64)token * stride + 8 * c;
-      *(Eight*)into = *(const Eight*)chunk_of(tile, row, c);
-      *(Eight*)(into + 32) = *(const Eight*)chunk_of(tile, row, c + 4);
+      store_if(token < LENGTH, into, *(const Eight*)chunk_of(tile, row, c));
+      store_if(token < LENGTH, into + 32, *(const Eight*)chunk_of(tile, row, c + 4));
     }
   }
   proxy_fence();
