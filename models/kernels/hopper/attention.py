@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.kernels import hopper
 from models.kernels.hopper.compile import cubin
-from models.kernels.hopper.driver import Kernel, load, tile_map
+from models.kernels.hopper.driver import Kernel, load, tensor_map
 
 MAX_TOKENS, HEAD_DIM = 128, 64
 
@@ -130,7 +130,7 @@ def _run(p: Plan, maps: tuple[Tensor, ...], pointers: tuple[Tensor, ...], heads:
             items,
             torch.cuda.current_stream().cuda_stream,
             (
-                *(tile_map(t, p.rows) for t in maps),
+                *(tensor_map(t, (HEAD_DIM, p.rows, 1)) for t in maps),
                 *(ctypes.c_void_p(t.data_ptr()) for t in pointers),
                 ctypes.c_uint32(heads),
                 ctypes.c_uint32(items),

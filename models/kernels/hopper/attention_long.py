@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.kernels.hopper.attention import HEAD_DIM, wgmma
 from models.kernels.hopper.compile import cubin
-from models.kernels.hopper.driver import Kernel, load, tile_map
+from models.kernels.hopper.driver import Kernel, load, tensor_map
 
 MAX_TOKENS = 1024
 _ROWS, _QUERIES, _STAGES = 128, 192, 3  # as in attention_long.cu
@@ -137,8 +137,8 @@ def attend(
                 batch * heads,
                 torch.cuda.current_stream().cuda_stream,
                 (
-                    tile_map(qkv, _QUERIES),
-                    tile_map(qkv, _ROWS),
+                    tensor_map(qkv, (HEAD_DIM, _QUERIES, 1)),
+                    tensor_map(qkv, (HEAD_DIM, _ROWS, 1)),
                     *(ctypes.c_void_p(t.data_ptr()) for t in (cos, sin, out, lse, turned)),
                     ctypes.c_uint32(heads),
                     ctypes.c_uint32(batch * heads),
@@ -170,8 +170,8 @@ def attend_backward(
                 items,
                 torch.cuda.current_stream().cuda_stream,
                 (
-                    *(tile_map(t, plan.rows) for t in own),
-                    *(tile_map(t, plan.columns) for t in tile),
+                    *(tensor_map(t, (HEAD_DIM, plan.rows, 1)) for t in own),
+                    *(tensor_map(t, (HEAD_DIM, plan.columns, 1)) for t in tile),
                     *(ctypes.c_void_p(t.data_ptr()) for t in (cos, sin, sums, dqkv)),
                     ctypes.c_uint32(heads),
                     ctypes.c_uint32(items),
