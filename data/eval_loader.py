@@ -12,7 +12,7 @@ from torch import Tensor
 from data.augment import build_augmentation
 from data.errors import DataError
 from data.hashing import hash32
-from data.loader import local_slice
+from data.loader import local_slice, one_thread
 from data.puzzles import PuzzleDataset, TokenStream
 from data.sources import IGNORED_LABEL, embedding_rows, ignore
 from data.stores import RESIDENT_BYTES, TokenStore, WindowStore, to_device
@@ -126,6 +126,10 @@ class EvalLoader:
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """The batch of this rank, as `TrainLoader.batch` returns it."""
+        with one_thread(self.device):
+            return self._batch(number)
+
+    def _batch(self, number: int) -> dict[str, Tensor]:
         dataset, example = self.dataset, self.batch_indices(number)
         padding = example < 0
         example = np.where(padding, 0, example)

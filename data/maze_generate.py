@@ -27,8 +27,8 @@ _TRAIN, _TEST = 1, 2  # streams of random numbers
 _HIGH, _LOW, _KEEP = 0x61, 0x62, 0x63  # streams of the hash
 _BATCH = 4096  # layouts made at a time; the result does not depend on it
 _PIECE = 256  # … by one thread
-_PILOT = 128  # layouts with far pairs that tell how likely to keep one
-_PILOT_SHARE = 95  # percentile of their shares that is always kept
+_PILOT = 256  # layouts with far pairs that tell how likely to keep one
+_PILOT_SHARE = 99  # percentile of their shares that is always kept
 _PATIENCE = 1_000_000  # layouts without enough that qualify, before giving up
 
 

@@ -35,9 +35,13 @@ class Attention(nn.Module):
         if self.fusible and usable("attention", qkv):
             from models.kernels.attention import short_attention, supported
 
+            tables = (None, None) if rope is None else (rope.cos, rope.sin)
             if supported(x_BLD.shape[1], x_BLD.shape[2] // self.num_heads):
-                tables = (None, None) if rope is None else (rope.cos, rope.sin)
                 return short_attention(qkv, self.num_heads, *tables, self.causal)
+            from models.kernels import long_attention as long
+
+            if not self.causal and long.supported(qkv, self.num_heads):
+                return long.long_attention(qkv, self.num_heads, *tables)
         qkv = rearrange(qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
         q, k, v = qkv.unbind(0)
         if rope is not None:

@@ -178,6 +178,8 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     from training.ranks import joined
     from training.thinking import think_harder
 
+    if job.world.rank > 0:  # the first rank speaks for all
+        logging.getLogger().setLevel(logging.WARNING)
     config, found = job.config, job.checkpoint
     device = choose_device(config.device, job.world.local_rank)
     set_determinism(device)

@@ -81,6 +81,7 @@ class Kernel:
         device: torch.device,
         arguments: Sequence[Any],
         constants: Mapping[str, Any],
+        kinds: tuple[Any, ...] | None = None,
         **options: Any,
     ) -> None:
         """Launch on the current stream of `device`.
@@ -90,15 +91,17 @@ class Kernel:
             device: of every tensor.
             arguments: tensors, tensor descriptors and numbers, in the order of the kernel.
             constants: its constants.
+            kinds: what of the arguments Triton specializes on, where the caller knows a shorter
+                form of it than can be found out here.
             options: of the compilation.
         """
         if device.type != "cuda":  # the interpreter
             self.kernel[grid](*arguments, **constants, **options)
         elif not _several() or torch.cuda.current_device() == device.index:
-            self._launch(grid, device, arguments, constants, options)
+            self._launch(grid, device, arguments, constants, kinds, options)
         else:
             with torch.cuda.device(device):
-                self._launch(grid, device, arguments, constants, options)
+                self._launch(grid, device, arguments, constants, kinds, options)
 
     def _launch(
         self,
@@ -106,9 +109,11 @@ class Kernel:
         device: torch.device,
         arguments: Sequence[Any],
         constants: Mapping[str, Any],
+        kinds: tuple[Any, ...] | None,
         options: Mapping[str, Any],
     ) -> None:
-        kinds = tuple([_kind(x) for x in arguments])
+        if kinds is None:
+            kinds = tuple([_kind(x) for x in arguments])
         key = (device.index, kinds, *constants.values(), *options.values())
         done = self.compiled.get(key)
         if done is None or _hooked():

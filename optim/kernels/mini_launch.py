@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.kernels.adam_mini import adam_mini_kernel, large_blocks_kernel
+from optim.kernels.adam_mini import adam_mini_kernel
 from optim.kernels.formats import ELEMENTS, FORMATS
+from optim.kernels.large_blocks import large_blocks_kernel
 from optim.kernels.launcher import Launcher
 from optim.kernels.mini_tiles import MiniTiles
 from optim.kernels.table import TensorTable, addresses_of

@@ -130,7 +130,9 @@ class Products:
         )
         constants = {**flags, **sizes, "FLATTEN": block.persistent}
         grid = (min(total, self.programs) if block.persistent else total,)
-        _symmetric_tma(grid, self.device, arguments, constants, **options)
+        # sides are multiples of 64, and nothing else is specialized on
+        kinds = (x.dtype, out.dtype)
+        _symmetric_tma(grid, self.device, arguments, constants, kinds, **options)
 
     def update(
         self,
@@ -169,13 +171,14 @@ class Products:
         constants |= {"GROUP": 8, "FLATTEN": block.persistent}
         options = {"num_warps": block.warps, "num_stages": block.stages}
         grid = (min(total, self.programs) if block.persistent else total,)
-        _update_tma(grid, self.device, arguments, constants, **options)
+        kinds = (x.dtype, out.dtype)
+        _update_tma(grid, self.device, arguments, constants, kinds, **options)
 
     def _descriptor(self, tensor: Tensor, rows: int, columns: int) -> Any:
         """A tensor descriptor of a batch of matrices as one tall matrix."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, rows, columns)
+        key = (tensor.data_ptr(), rows, columns)  # buffers of one call do not overlap
         if key not in self.descriptors:
             flat = tensor.view(-1, tensor.shape[-1])
             self.descriptors[key] = TensorDescriptor.from_tensor(flat, [rows, columns])

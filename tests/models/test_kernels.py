@@ -6,6 +6,7 @@ few roundings to its dtype: bfloat16 has 8 bits, so 2⁻⁹ relative per roundin
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -115,6 +116,24 @@ def test_short_attention(batch, length, heads, head_dim, rope, causal, dtype):
         (qkv,),
         dtype,
     )
+
+
+@in_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch, length, heads", [(1, 1, 1), (2, 65, 3)])
+def test_backward_sums(batch, length, heads, dtype):
+    """In pairs of tokens, what the backward of long attention reads; padded."""
+    from models.kernels.long_attention import backward_sums
+
+    torch.manual_seed(0)
+    out, dout = (draw(batch, length, heads * 64, dtype=dtype) for _ in range(2))
+    lse = draw(batch, heads, length, dtype=torch.float32)
+    sums = backward_sums(out, dout, lse, heads, 192)
+    lse_again, delta = sums.view(batch * heads, 96, 2, 2).transpose(1, 2).flatten(2).unbind(1)
+    assert torch.isinf(lse_again[:, length:]).all() and not delta[:, length:].any()
+    torch.testing.assert_close(lse_again[:, :length], lse.flatten(0, 1) / math.log(2))
+    expected = (out.double() * dout.double()).view(batch, length, heads, 64).sum(-1)
+    assert relative(delta[:, :length], expected.transpose(1, 2).flatten(0, 1)) < 1e-6
 
 
 @in_kernel

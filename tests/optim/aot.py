@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import optim.kernels
-from optim.kernels import adam_mini, formats, muon, ns_kernels, ns_table, tiles
+from optim.kernels import adam_mini, formats, large_blocks, muon, ns_kernels, ns_table, tiles
 from optim.kernels.adam import adam_kernel
 from optim.kernels.norm import norm_kernel
 from optim.kernels.sparse import (
@@ -86,7 +86,7 @@ def cases(capability: int) -> Iterator[Case]:
         common = {**FLAGS, "MOMENT": moment, "SCALED": moment == fp8, "TILE": mini.block}
         elements = formats.ELEMENTS[param]
         constants = {**common, "GRAD": param, "GRAD_DTYPE": elements}
-        yield Case(adam_mini.large_blocks_kernel, types, constants, mini.warps)
+        yield Case(large_blocks.large_blocks_kernel, types, constants, mini.warps)
         constants = {**common, "PARAM": param, "PARAM_DTYPE": elements, "HAS_EMA": True}
         constants |= {"MOMENT_DTYPE": formats.ELEMENTS[moment], "SHAPES": shapes}
         constants |= {"HAS_MASTER": param == "bf16", "STOCHASTIC": moment == "bf16"}

@@ -75,6 +75,16 @@ def test_kernel_compiles_for_what_triton_specializes_on(fake):
         assert not call(**changed), changed
 
 
+def test_a_caller_may_know_what_is_specialized_on(fake):
+    kernel, x = Kernel(fake), torch.zeros(64)
+    for number in (32, 33, 1):
+        kernel((2,), CUDA, (x, number), {"BLOCK": 64}, (x.dtype,), num_warps=4)
+    assert len(fake.compilations) == 1
+    assert fake.runs[-1] == (2, 1, 1, 7, "f", "m", None, None, None, x.data_ptr(), 1, 64)
+    kernel((2,), CUDA, (x.half(), 32), {"BLOCK": 64}, (torch.float16,), num_warps=4)
+    assert len(fake.compilations) == 2
+
+
 def test_a_profiler_sees_every_launch(fake, monkeypatch):
     kernel, x = Kernel(fake), torch.zeros(4)
     hooks = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[print]), launch_exit_hook=None)

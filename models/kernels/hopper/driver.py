@@ -154,3 +154,15 @@ def tensor_map(x: Tensor, box: tuple[int, ...]) -> ctypes.Array:
     sizes = tuple(reversed(x.shape))
     strides = tuple(2 * math.prod(sizes[:i]) for i in range(1, len(sizes)))
     return _tensor_map(x.data_ptr(), sizes, strides, box)
+
+
+@functools.lru_cache(maxsize=1024)
+def _tile_map(pointer: int, batch: int, rows: int, columns: int, box_rows: int) -> ctypes.Array:
+    strides = [2 * columns, 2 * columns * rows]
+    return _encode(pointer, [columns, rows, batch], strides, [64, box_rows, 1])
+
+
+def tile_map(x: Tensor, box_rows: int) -> ctypes.Array:
+    """Tensor map of x (batch, rows, columns), read in boxes of one × box_rows × 64, swizzled by
+    128 bytes; rows past the end are zeros."""
+    return _tile_map(x.data_ptr(), *x.shape, box_rows)

@@ -1,0 +1,180 @@
+"""Self-attention over up to 1,024 tokens on Hopper GPUs, RoPE inside: attention_long.cu.
+
+Heads of 64 features, every token sees all, bfloat16. Deterministic; fit for CUDA graphs.
+`attend` takes what `models.kernels.long_attention.supported` says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.kernels.hopper.attention import HEAD_DIM, wgmma
+from models.kernels.hopper.compile import cubin
+from models.kernels.hopper.driver import Kernel, load, tile_map
+
+MAX_TOKENS = 1024
+_ROWS, _QUERIES, _STAGES = 128, 192, 3  # as in attention_long.cu
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The compile-time choices of attention_long.cu."""
+
+    length: int
+    rope: bool
+    save: bool
+
+    threads = 512
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: keys, two rounds of queries, values, barriers, alignment."""
+        tiles = -(-self.length // _ROWS)
+        barriers = 8 * (3 * tiles + 4 + 2 * _STAGES)
+        return 128 * (_ROWS * (tiles + _STAGES) + 2 * _QUERIES) + barriers + 1024
+
+    def source(self) -> tuple[str, dict[str, int]]:
+        """The kernel's text and its macros."""
+        last = -(-((self.length - 1) % _ROWS + 1) // 8) * 8
+        texts = [wgmma("scores", n, "ss", across=False) for n in sorted({_ROWS, last})]
+        texts.append(wgmma("mix", HEAD_DIM, "rs", across=True))
+        for name in ("common", "long"):
+            texts.append(Path(__file__).with_name(f"attention_{name}.cu").read_text())
+        macros = {"LENGTH": self.length, "ROPE": int(self.rope), "SAVE": int(self.save)}
+        return "\n".join(texts), macros
+
+
+def padded(length: int) -> int:
+    """Tokens of a head in `sums`: as many as any block or tile asks for."""
+    return -(-length // 64) * 64 + 192
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """The compile-time choices of attention_long_backward.cu."""
+
+    length: int
+    rope: bool
+    keys: bool
+    wgs: int
+    columns: int
+    stages: int = 4
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return 64 * self.wgs
+
+    @property
+    def threads(self) -> int:
+        """Threads: the multiplying warpgroups and the loading one."""
+        return 128 * (self.wgs + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: rows of two blocks, stages, barriers, alignment."""
+        stage = self.columns * (256 + (8 if self.keys else 0))
+        return 4 * 128 * self.rows + self.stages * (stage + 16) + 32 + 1024
+
+    def source(self) -> tuple[str, dict[str, int]]:
+        """The kernel's text and its macros."""
+        last = -(-((self.length - 1) % self.columns + 1) // 8) * 8
+        sizes = sorted({self.columns, last})
+        texts = [wgmma("scores", n, "ss", across=False) for n in sizes]
+        texts.append(wgmma("mix", HEAD_DIM, "rs", across=True))
+        for name in ("common", "long_backward"):
+            texts.append(Path(__file__).with_name(f"attention_{name}.cu").read_text())
+        macros = {
+            "LENGTH": self.length,
+            "PADDED": padded(self.length),
+            "ROPE": int(self.rope),
+            "KEYS": int(self.keys),
+            "WGS": self.wgs,
+            "COLS": self.columns,
+            "STAGES": self.stages,
+        }
+        return "\n".join(texts), macros
+
+
+def backward_plans(length: int, rope: bool) -> tuple[BackwardPlan, BackwardPlan]:
+    """The two passes of the backward: as many registers, and so tokens, as a warpgroup has."""
+    return (
+        BackwardPlan(length, rope, keys=True, wgs=2, columns=96),
+        BackwardPlan(length, rope, keys=False, wgs=3, columns=80),
+    )
+
+
+@functools.cache
+def _kernel(p: Plan, device: int) -> Kernel:
+    return load(cubin(*p.source()), "attend_long", p.threads, p.shared_bytes, 1)
+
+
+@functools.cache
+def _backward_kernel(p: BackwardPlan, device: int) -> Kernel:
+    return load(cubin(*p.source()), "attend_long_backward", p.threads, p.shared_bytes, 1)
+
+
+def attend(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, rope: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, L, D) and, if `save`, lse (B, heads, L) float32 and rotated q | k (B, L, 2 D).
+
+    softmax(q kᵀ / 8) v of qkv (B, L, 3 D), with q and k turned by cos, sin (L, 64) if `rope`.
+    """
+    batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    out = qkv.new_empty(batch, length, width)
+    lse = qkv.new_empty((batch, heads, length) if save else (1,), dtype=torch.float32)
+    turned = qkv.new_empty((batch, length, 2 * width) if save else (1,))
+    if out.numel():
+        with torch.cuda.device(qkv.device):
+            _kernel(Plan(length, rope, save), qkv.device.index).launch(
+                batch * heads,
+                torch.cuda.current_stream().cuda_stream,
+                (
+                    tile_map(qkv, _QUERIES),
+                    tile_map(qkv, _ROWS),
+                    *(ctypes.c_void_p(t.data_ptr()) for t in (cos, sin, out, lse, turned)),
+                    ctypes.c_uint32(heads),
+                    ctypes.c_uint32(batch * heads),
+                ),
+            )
+    return out, lse, turned
+
+
+def attend_backward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, turned: Tensor, dout: Tensor, sums: Tensor,
+    heads: int, rope: bool,
+) -> Tensor:  # fmt: skip
+    """dqkv (B, L, 3 D) of `attend`; all contiguous.
+
+    turned: rotated q | k (B, L, 2 D). sums (B heads, padded(L) / 2, 4): of every two queries
+    lse / ln 2 (infinite past the end) and Σ out ⊙ dout.
+    """
+    batch, length = qkv.shape[:2]
+    dqkv = torch.empty_like(qkv)
+    for plan in backward_plans(length, rope):
+        own, tile = (turned, qkv), (turned, dout)
+        if not plan.keys:
+            own, tile = tile, own
+        items = batch * heads * -(-length // plan.rows)
+        if not items:
+            continue
+        with torch.cuda.device(qkv.device):
+            _backward_kernel(plan, qkv.device.index).launch(
+                items,
+                torch.cuda.current_stream().cuda_stream,
+                (
+                    *(tile_map(t, plan.rows) for t in own),
+                    *(tile_map(t, plan.columns) for t in tile),
+                    *(ctypes.c_void_p(t.data_ptr()) for t in (cos, sin, sums, dqkv)),
+                    ctypes.c_uint32(heads),
+                    ctypes.c_uint32(items),
+                ),
+            )
+    return dqkv
