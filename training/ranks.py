@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(days=1)  # of the other ranks while the first one builds a dataset
 _GRACE = 2.0  # seconds in which the rank that failed may say why, before others say they lost it
+# torch 2.13 gives it a new name
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # How the errors of torch.distributed sound: those of gloo have no class of their own.
 _LOSS = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|store", re.I)
 _LATE = re.compile(r"time[d\- ]*out", re.I)
@@ -104,7 +106,7 @@ class Ranks:
         if self.size == 1:
             return mine
         out = mine.new_empty(mine.shape[0] * self.size, *mine.shape[1:])
-        dist.all_gather_into_tensor(out, mine.contiguous())
+        _all_gather(out, mine.contiguous())
         return out
 
 

@@ -90,7 +90,8 @@ class TrainState:
         half = model.embedding.dtype == torch.float16
         self.loss_scale = LossScale(device) if half else None
         self.graph: GraphedWork | None = None
-        self.sums = {name: torch.zeros((), device=device) for name in SUMS}  # since the last log
+        wide = torch.promote_types(model.embedding.dtype, torch.float32)
+        self.sums = {k: torch.zeros((), dtype=wide, device=device) for k in SUMS}  # since the log
         self.row_numbers = torch.arange(
             self.loader.local.start, self.loader.local.stop, device=device
         )
