@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(days=1)  # of the other ranks while the first one builds a dataset
+_ARRIVAL = 1800.0  # seconds in which all ranks have to come, once the first one is ready
 _GRACE = 2.0  # seconds in which the rank that failed may say why, before others say they lost it
 # torch 2.13 gives it a new name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -114,13 +116,21 @@ ALONE = Ranks()
 
 
 def meet(world: World, plan: Any = None) -> tuple[dist.Store, Any]:
-    """The store that all ranks share, and the plan that rank 0 brought there."""
+    """The store that all ranks share, and the plan that rank 0 brought there.
+
+    torchrun keeps its store when it restarts the processes, so what is in it may be of a sitting
+    that has ended: the ranks greet each other first, and agree on a name for what is new.
+    """
     try:
         rendezvous = dist.rendezvous("env://", world.rank, world.size, timeout=_PATIENCE)
         store, _, _ = next(iter(rendezvous))
         if world.rank == 0:
+            sitting = _receive(store, world.size)
+            store = dist.PrefixStore(sitting, store)
             store.set("plan", pickle.dumps(plan))
             return store, plan
+        sitting = _greet(store, world.rank)
+        store = dist.PrefixStore(sitting, store)
         store.wait(["plan"], _PATIENCE)
         return store, pickle.loads(store.get("plan"))  # of our own rank 0
     except (RuntimeError, ValueError) as error:
@@ -130,6 +140,37 @@ def meet(world: World, plan: Any = None) -> tuple[dist.Store, Any]:
             f"rank {world.rank} of {world.size} cannot meet the others at "
             f"MASTER_ADDR:MASTER_PORT={place} ({reason}); start all of them, with torchrun"
         ) from None
+
+
+def _greet(store: dist.Store, rank: int) -> str:
+    """Tell rank 0 that we are here; returns the name of this sitting."""
+    greeting = secrets.token_hex(8)
+    store.set(f"greeting/{rank}", greeting)
+    store.wait([f"answer/{greeting}"], _PATIENCE)
+    sitting = store.get(f"answer/{greeting}").decode()
+    store.set(f"{sitting}/here/{rank}", "")
+    return sitting
+
+
+def _receive(store: dist.Store, size: int) -> str:
+    """Answer every greeting, old ones too, until all ranks have heard the name of this sitting."""
+    sitting = secrets.token_hex(8)
+    answered: dict[int, bytes] = {}
+    waiting = set(range(1, size))
+    deadline = time.monotonic() + _ARRIVAL
+    while waiting:
+        for rank in sorted(waiting):
+            if store.check([f"{sitting}/here/{rank}"]):
+                waiting.remove(rank)
+            elif store.check([f"greeting/{rank}"]):
+                greeting = store.get(f"greeting/{rank}")
+                if answered.get(rank) != greeting:
+                    answered[rank] = greeting
+                    store.set(f"answer/{greeting.decode()}", sitting)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {sorted(waiting)} did not come within {_ARRIVAL:g} s")
+        time.sleep(0.01)
+    return sitting
 
 
 @contextmanager
