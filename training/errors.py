@@ -47,8 +47,8 @@ def fail(message: str, exit_code: int = EXIT_BAD_INPUT) -> None:
     if len(sentence) > _LONGEST:  # someone's huge value in its middle
         sentence = f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
     rank = os.environ.get("RANK", "0")
-    where = "" if rank == "0" else f" on rank {rank}"
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error{where}: {sentence}\n")
+    where = "" if rank == "0" else f"rank {rank}: "
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {where}{sentence}\n")
     sys.exit(exit_code)
 
 

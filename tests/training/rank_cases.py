@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -110,12 +111,22 @@ def steps(
     }
 
 
-def fit(run: ResolvedRun, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """A whole sitting of a run."""
+def fit(run: ResolvedRun, ranks: Ranks = ALONE, stop_in: int | None = None) -> dict[str, Any]:
+    """A sitting of a run; in step `stop_in` its last rank is sent SIGTERM."""
     trainer = Trainer(run, ranks)
     if trainer.state.step == 0:
         trainer.state.model.q_head.bias.data.fill_(0.1)
-    return trainer.fit()
+
+    def signalled(state: TrainState, *arguments: Any) -> None:
+        if state.step + 1 == stop_in and ranks.rank == ranks.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train_step(state, *arguments)
+
+    training.loop.train_step = signalled
+    try:
+        return trainer.fit()
+    finally:
+        training.loop.train_step = train_step
 
 
 CASES = {"steps": steps, "fit": fit}

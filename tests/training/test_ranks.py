@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from optim import OPTIMIZERS
-from tests.training.rank_cases import steps, together
+from tests.training.helpers import metrics, newest, tensors
+from tests.training.rank_cases import fit, steps, together
 
 SIZES = (2, 4)
 EXACT = ("arch.forward_dtype=float64", "arch.halt_max_steps=3", "arch.halt_exploration_prob=0.5",
@@ -97,3 +99,48 @@ def test_averaged_gradients(resolve_run, worlds):
         for results in ranks:
             first, second = (r["grad_norm"] for r in results)
             assert second * size == pytest.approx(first, rel=1e-6)
+
+
+FIT = ("arch.forward_dtype=float64", "arch.halt_max_steps=3", "arch.halt_exploration_prob=0.5",
+       "max_steps=12", "checkpoint_interval=5", "log_interval=4")  # fmt: skip
+
+
+def test_saved_on_some_ranks_resumed_on_others(resolve_run, tmp_path):
+    """From 4 to 2 to 1 and back to 4: as one sitting on one rank, to 1e-9; on 4, to the bit."""
+    run = resolve_run(*FIT, "run_name=whole")
+    fit(run)
+    whole, folder = run.run_dir, run.run_dir.parent
+    first = [("fit", {"run": resolve_run(*FIT, "run_name=parts"), "stop_in": 4}),
+             ("fit", {"run": resolve_run(*FIT, "run_name=same"), "stop_in": 6}),
+             ("fit", {"run": resolve_run(*FIT, "run_name=four")})]  # fmt: skip
+    for results in together(4, first, tmp_path / "first"):  # told one step later to the others
+        assert [r["step"] for r in results] == [5, 7, 12]
+    go_on = f"load_checkpoint={folder / 'parts'}"
+    together(2, [("fit", {"run": resolve_run(go_on), "stop_in": 6})], tmp_path / "second")
+    assert fit(resolve_run(go_on), stop_in=9)["step"] == 9
+    last = [go_on, f"load_checkpoint={folder / 'same'}"]
+    together(4, [("fit", {"run": resolve_run(start)}) for start in last], tmp_path / "last")
+    parts = folder / "parts"
+    four, same = folder / "four", folder / "same"
+    assert tensors(newest(four)) == tensors(newest(same))
+    assert metrics(four) == metrics(same)
+    for theirs in (metrics(parts), metrics(four)):
+        for ours, one in zip(theirs, metrics(whole), strict=True):
+            assert ours == pytest.approx(one, rel=1e-9, abs=1e-12)
+    for stem in ("model", "ema", "optimizer", "carry"):
+        one = load_file(newest(whole) / f"{stem}.safetensors")
+        many = load_file(newest(parts) / f"{stem}.safetensors")
+        assert one.keys() == many.keys()
+        for name, tensor in one.items():
+            if not name.startswith("sums."):  # which are one per rank
+                assert torch.allclose(many[name].double(), tensor.double(), rtol=1e-9), name
+
+
+def test_only_the_first_rank_writes(resolve_run, tmp_path):
+    """Nothing in the run folder that one rank alone would not have written."""
+    run = resolve_run(*FIT, "run_name=two", "eval_interval=6")
+    one = resolve_run(*FIT, "run_name=one", "eval_interval=6")
+    together(2, [("fit", {"run": run})], tmp_path / "place")
+    fit(one)
+    names = [sorted(p.relative_to(r.run_dir) for p in r.run_dir.rglob("*")) for r in (run, one)]
+    assert names[0] == names[1] and len(names[0]) > 10
