@@ -146,6 +146,20 @@ def code_version() -> str:
         return "unknown"
 
 
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process trains in the folder."""
+    try:
+        import fcntl
+
+        with (run_dir / _LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        pass
+    return False
+
+
 def is_restart() -> bool:
     """Whether torchrun has started the processes of this run once more."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"

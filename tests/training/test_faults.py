@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def torchrun(
 
 def said(errors: str) -> list[str]:
     """What the program says itself, without torchrun's own report."""
-    return [line for line in errors.splitlines() if line.startswith("pretrain.py: error")]
+    return re.findall(r"pretrain\.py: error.*", errors)
 
 
 @pytest.mark.slow
