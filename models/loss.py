@@ -59,7 +59,8 @@ def act_loss(
 
     def halting_loss(logit: Tensor, target: Tensor) -> Tensor:
         loss = F.binary_cross_entropy_with_logits(logit, target.to(logit.dtype), reduction="none")
-        return (loss if present is None else torch.where(present, loss, 0)).sum()
+        loss = loss if present is None else torch.where(present, loss, 0)
+        return loss.sum(dtype=norm_dtype(output.logits.dtype))  # halting logits are float32
 
     lm_loss = (token_loss(output.logits, labels, config.kind) / divisor.unsqueeze(-1)).sum()
     q_halt_loss = halting_loss(output.q_halt, exact)

@@ -19,7 +19,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,12 +154,26 @@ def newest(run_dir: Path) -> tuple[Path, dict[str, Any]]:
     raise DamagedCheckpoint(f"every checkpoint in {folder(run_dir)} is damaged; none can be used")
 
 
-def read_tensors(path: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors of one file of a checkpoint, on the CPU; {} where it has no such file."""
-    from safetensors.torch import load_file
+def read_tensors(
+    path: Path,
+    stem: str,
+    rows: slice | None = None,
+    has_rows: Callable[[str], bool] = lambda name: False,
+) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint, on the CPU; {} where it has no such file.
+
+    With `rows`, only those rows of the tensors whose name `has_rows`; the others whole.
+    """
+    from safetensors import safe_open
 
     file = path / f"{stem}.safetensors"
-    return load_file(file) if file.exists() else {}
+    if not file.exists():
+        return {}
+    with safe_open(file, framework="pt") as saved:
+        return {
+            name: saved.get_slice(name)[rows] if rows and has_rows(name) else saved.get_tensor(name)
+            for name in saved.keys()  # noqa: SIM118 (no mapping)
+        }
 
 
 def mark_best(run_dir: Path, step: int, value: float, merit: float | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pydantic import BaseModel
 
 from training.config import known_keys, sections
 from training.errors import ConfigError, nearest
+from training.run_folder import is_restart
 
 CONFIG_DIR = Path(__file__).parent.parent / "config"
 GROUPS = ("arch", "optim", "data", "experiment")
@@ -214,6 +216,8 @@ def preflight(
                 raise ConfigError(f"'{override.input_line}' gives several values{hint}")
         compose_values(config_name, arguments)
         return [*flags, *arguments]
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("-m starts processes of its own; call it without torchrun")
     if check_job is None:
         raise ConfigError("-m is for pretrain.py; evaluate one checkpoint at a time")
     if math.prod(len(_given(override)) for override in overrides) > _MOST_JOBS:
@@ -235,8 +239,8 @@ def _onto_checkpoint(arguments: list[str], schema: type[BaseModel]) -> list[str]
     The `++` lets Hydra take a key that the composed preset lacks; the schema has the last word.
     """
     texts = [text.lstrip("+") for text in arguments]
-    if not (any(t.startswith("load_checkpoint=") for t in texts) or "checkpoint" in
-            schema.model_fields):  # fmt: skip
+    resumes = any(t.startswith(("load_checkpoint=", "resume=")) for t in texts) or is_restart()
+    if not (resumes or "checkpoint" in schema.model_fields):
         return arguments
     given = {text.partition("=")[0] for text in texts}
     return [

@@ -124,6 +124,12 @@ class RunConfig(Section):
     ema_rate: float = Field(0.999, ge=0, lt=1, description="its memory per step")
     freeze_weights: bool = Field(False, description="train the puzzle embeddings only")
     on_nonfinite: Literal["stop", "skip"] = Field("stop", description="at a NaN or Inf gradient")
+    grad_reduce: Literal["sum", "mean"] = Field(
+        "sum", description="over ranks; the loss is divided by the global batch already"
+    )
+    comm_timeout: float = Field(
+        600.0, ge=1, le=10**6, description="seconds that ranks wait for one another"
+    )
 
     device: Device = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: CUDA")
@@ -151,12 +157,17 @@ class RunConfig(Section):
     load_checkpoint: str | None = Field(
         None, min_length=1, description="run folder, checkpoint, file, hf:OWNER/NAME, or latest"
     )
+    resume: Literal["off", "auto"] = Field(
+        "off", description="auto: go on with the newest checkpoint of run_name, if there is one"
+    )
 
 
 class CheckpointKeys(Section):
     """The keys that say where a checkpoint is: its configuration comes before all other keys."""
 
     load_checkpoint: str | None = Field(None, min_length=1)
+    resume: Literal["off", "auto"] = "off"
+    run_name: Name | None = None
     runs_dir: str = Field("runs", min_length=1)
 
 

@@ -25,7 +25,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device that `name` means here: auto prefers CUDA, then MPS, then the CPU."""
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", local_rank)
+            return _gpu(local_rank)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda":
@@ -34,8 +34,19 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
                 f"device={name}: this build of torch ({torch.__version__}) sees no CUDA device; "
                 "install a CUDA build, or use device=cpu"
             )
-        return torch.device("cuda", local_rank if device.index is None else device.index)
+        return _gpu(local_rank) if device.index is None else device
     return device
+
+
+def _gpu(local_rank: int) -> torch.device:
+    """The GPU of the `local_rank`-th process of this machine."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"there are {count} CUDA devices here and more ranks than that; use torchrun "
+            f"--nproc-per-node {count}"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def device_name(device: torch.device) -> str:
@@ -76,6 +87,9 @@ def prepare_execution(state: TrainState, config: RunConfig) -> None:
         configure_compiler()
         state.model.compile_levels()
     if config.cuda_graph == "auto" and state.device.type == "cuda":
+        if state.ranks.size > 1:
+            logger.info("steps of several ranks are not captured in a CUDA graph yet")
+            return
         state.use_graph()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,7 +46,9 @@ def fail(message: str, exit_code: int = EXIT_BAD_INPUT) -> None:
     sentence = " ".join(str(message).split())
     if len(sentence) > _LONGEST:  # someone's huge value in its middle
         sentence = f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {sentence}\n")
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"rank {rank}: "
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {where}{sentence}\n")
     sys.exit(exit_code)
 
 

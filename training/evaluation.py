@@ -87,8 +87,9 @@ def evaluate(
         sums: dict[str, Tensor] = {}
         saved = []
         progress = tqdm(
-            total=len(loader), desc=f"evaluating {name}", unit="batch", leave=False, disable=None
-        )
+            total=len(loader), desc=f"evaluating {name}", unit="batch", leave=False,
+            disable=None if ranks.rank == 0 else True,
+        )  # fmt: skip
         for number, batch in enumerate(loader):
             carry, output = think(act, batch)
             present = (batch["labels"] != IGNORE_LABEL).any(-1)

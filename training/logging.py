@@ -24,11 +24,11 @@ class _BarHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def set_up_logging(log_file: Path | None = None) -> None:
-    """Messages to stderr and, with a time, to `log_file`."""
+def set_up_logging(log_file: Path | None = None, level: int = logging.INFO) -> None:
+    """Messages from `level` up to stderr and, with a time, to `log_file`."""
     root = logging.getLogger()
     root.handlers.clear()
-    root.setLevel(logging.INFO)
+    root.setLevel(level)
     bar = _BarHandler()
     bar.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(bar)

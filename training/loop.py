@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
-from types import FrameType
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from data import read_dataset
@@ -29,90 +27,98 @@ from training.errors import TrainingFailed
 from training.evaluation import SetReport, evaluate, table
 from training.logging import RunLogger, set_up_logging
 from training.plot import plot_run
-from training.resolve import ResolvedRun, command
+from training.ranks import ALONE, Ranks, joined, meet
+from training.resolve import ResolvedRun, World, command
 from training.resume import Resume, WarmStart
 from training.run_folder import describe, discard, environment, lock, write_summary
+from training.saving import Saver
+from training.signals import StopSignal
 from training.speed import describe_speed
-from training.state import LOSSES, METRICS, TrainState
+from training.state import LOSSES, METRICS, SAME_ON_ALL, TrainState
 from training.step import learning_rates, train_step
 
 logger = logging.getLogger(__name__)
 
 
-class StopSignal:
-    """SIGTERM and SIGINT ask for an end after the current step; a second SIGINT is immediate."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._before = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def restore(self) -> None:
-        """Put the handlers back that were there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def train(run: ResolvedRun) -> dict[str, Any]:
-    """Train to the end, or until a signal; returns the summary.
+    """Train to the end, or until a signal; returns the summary. On rank 0, or the only one.
 
     Raises ConfigError on what a user can mend, TrainingFailed where it cannot go on.
     """
-    with lock(run.run_dir), memory_advice(run.config):
+    with lock(run.run_dir):
         set_up_logging(run.run_dir / "log.txt")
+        store = meet(run.world, run)[0] if run.world.size > 1 else None
+        return _train(run, store)
+
+
+def follow(world: World) -> None:
+    """Train as one of the other ranks: what rank 0 has decided and prepared."""
+    store, run = meet(world)
+    set_up_logging(level=logging.ERROR)
+    _train(replace(run, world=world), store)
+
+
+def _train(run: ResolvedRun, store: dist.Store | None) -> dict[str, Any]:
+    with memory_advice(run.config), joined(run.world, store, run.config.comm_timeout) as ranks:
         try:
-            trainer = Trainer(run)
+            trainer = Trainer(run, ranks)
         except BaseException:
-            set_up_logging()  # closes log.txt
-            discard(run.run_dir, run.config)
+            if ranks.rank == 0:
+                set_up_logging()  # closes log.txt
+                discard(run.run_dir, run.config)
             raise
         return trainer.fit()
 
 
 class Trainer:
-    """A run in progress."""
+    """A run in progress, on one of its ranks; the first one does all writing."""
 
-    def __init__(self, run: ResolvedRun) -> None:
+    def __init__(self, run: ResolvedRun, ranks: Ranks = ALONE) -> None:
         self.run, config = run, run.config
+        self.ranks, self.leads = ranks, ranks.rank == 0
         device = choose_device(config.device, run.world.local_rank)
         set_determinism(device)
         logger.info("run folder %s", run.run_dir)
-        describe(run.run_dir, config)
+        if self.leads:
+            describe(run.run_dir, config)
         self.datasets = {s: read_dataset(run.dataset_path, s) for s in ("train", "test")}
-        self.state = TrainState(run, self.datasets["train"], device)
+        self.state = TrainState(run, self.datasets["train"], device, ranks)
+        self.saver = Saver(run.run_dir, ranks, config.keep_checkpoints)
         prepare_execution(self.state, config)
         self._announce(device)
         self.best = -math.inf
-        self.saved_step: int | None = None
         self.started_at = 0
         self.seconds = 0.0  # spent in training steps, over all sittings
         if isinstance(run.resume, Resume):
             self.state.restore(run.resume)
             self.seconds = run.resume.index["seconds"]
             self.started_at = self.state.step
-            checkpoint.tidy(run.run_dir, self.state.step)
-            best = checkpoint.best(run.run_dir) or {}
-            self.best = best.get("merit", best.get("exact_accuracy", -math.inf))
-            if (checkpoint.folder(run.run_dir) / checkpoint.name(self.state.step)).exists():
-                self.saved_step = self.state.step
+            if self.leads:
+                self._tidy()
+            self.best = ranks.first(self.best)
         elif isinstance(run.resume, WarmStart):
             self.state.warm_start(run.resume, run.dataset_path)
-        self.logger = RunLogger(run, self.state.step)
+        self.logger = RunLogger(run, self.state.step) if self.leads else None
         self.intervals = 0  # logged in this sitting
         self.reports: dict[str, SetReport] = {}
         self.evaluated_step: int | None = None
+
+    def _tidy(self) -> None:
+        """What a run folder needs before its run goes on."""
+        run, step = self.run, self.state.step
+        checkpoint.tidy(run.run_dir, step)
+        best = checkpoint.best(run.run_dir) or {}
+        self.best = best.get("merit", best.get("exact_accuracy", -math.inf))
+        if (checkpoint.folder(run.run_dir) / checkpoint.name(step)).exists():
+            self.saver.saved_step = step
 
     def _announce(self, device: torch.device) -> None:
         run, model = self.run, self.state.model
         parameters = sum(p.numel() for p in model.parameters())
         table_rows = model.embedding.puzzles
         embeddings = "" if table_rows is None else f" + {table_rows.numel():,} puzzle embeddings"
-        logger.info("device %s", device_name(device))
+        among = f" and {self.ranks.size - 1} more" if self.ranks.size > 1 else ""
+        logger.info("device %s%s", device_name(device), among)
         logger.info("model %s: %s parameters%s, on %s, computing in %s",
                     run.config.arch.name, f"{parameters:,}", embeddings, device,
                     str(model.embedding.dtype).removeprefix("torch."))  # fmt: skip
@@ -131,14 +137,15 @@ class Trainer:
             logger.info("the run is complete: %d of %d steps", state.step, run.total_steps)
         if state.step == 0 and not isinstance(run.resume, Resume):
             self._save()  # so that there is a state to resume from the first moment on
-        stop = StopSignal()
+        stop = StopSignal(self.ranks)
         progress = tqdm(
             total=run.total_steps, initial=state.step, desc="training", unit="step",
             mininterval=0.5 if sys.stderr.isatty() else 5.0, dynamic_ncols=True,
+            disable=not self.leads,
         )  # fmt: skip
         clock = time.perf_counter()
         try:
-            while state.step < run.total_steps and stop.name is None:
+            while state.step < run.total_steps and not stop.agreed():
                 train_step(state, config, run.total_steps)
                 progress.update()
                 if state.step % config.log_interval == 0 or state.step == run.total_steps:
@@ -149,10 +156,12 @@ class Trainer:
                     clock = self._pause(clock, self._save)
             self._count_time(clock)
             progress.close()
+            stop.settle()
             return self._end(stop.name)
         finally:
             progress.close()
             stop.restore()
+            self.saver.close()
             state.loader.close()
 
     def _count_time(self, clock: float) -> float:
@@ -172,16 +181,15 @@ class Trainer:
     def _log(self, progress: tqdm, clock: float) -> float:
         """Fetch the metric sums of the last interval (the one host synchronization), log them."""
         run, config, state = self.run, self.run.config, self.state
-        names = list(state.sums)
-        packed = torch.stack([*(state.sums[n].double() if state.device.type != "mps" else
-                                state.sums[n] for n in names), state.nonfinite])  # fmt: skip
-        *values, nonfinite = packed.tolist()
-        sums = dict(zip(names, values, strict=True))
+        sums = self._fetch_sums()
+        nonfinite = sums.pop("nonfinite")
         seconds, clock = self.seconds, self._count_time(clock)
         elapsed = max(self.seconds - seconds, 1e-9)
         for value in state.sums.values():
             value.zero_()
         self._check_finite(int(nonfinite))
+        if self.logger is None:
+            return clock
         steps, count = max(sums["train_steps"], 1), max(sums["count"], 1)
         self.intervals += 1
         if self.intervals == 2:  # the first one compiled
@@ -204,6 +212,16 @@ class Trainer:
             f"ACT steps {metrics['train/steps']:.1f}"
         )
         return clock
+
+    def _fetch_sums(self) -> dict[str, float]:
+        """The metric sums over all ranks, and the number of steps that were held back."""
+        state = self.state
+        names = [n for n in state.sums if n not in SAME_ON_ALL]
+        wide = torch.float32 if state.device.type == "mps" else torch.float64
+        sums = self.ranks.sum(torch.stack([state.sums[n].to(wide) for n in names]))
+        same = [state.sums[n].to(wide) for n in SAME_ON_ALL] + [state.nonfinite.to(wide)]
+        values = torch.cat([sums, torch.stack(same)]).tolist()
+        return dict(zip([*names, *SAME_ON_ALL, "nonfinite"], values, strict=True))
 
     def _check_finite(self, nonfinite: int) -> None:
         if not nonfinite or self.run.config.on_nonfinite == "skip":
@@ -228,18 +246,17 @@ class Trainer:
                 seed=config.seed,
                 device=state.device,
                 output_dir=run.run_dir,
+                ranks=self.ranks,
             )
         self.evaluated_step = state.step
         logger.info("evaluation at step %d\n%s", state.step, table(self.reports))
         values = {f"{s}/{k}": v for s, r in self.reports.items() for k, v in r.values().items()}
-        self.logger.log(state.step, {**values, "train_seconds": self.seconds})
-        merit = self.merit()
-        if merit > self.best:
-            self.best = merit
+        if self.logger is not None:
+            self.logger.log(state.step, {**values, "train_seconds": self.seconds})
+        if self.merit() > self.best:
+            self.best = self.merit()
             self._save()
-            if self.saved_step == state.step:
-                self._attempt("mark the best checkpoint", checkpoint.mark_best, state.step,
-                              self.score(), merit)  # fmt: skip
+            self.saver.mark_best(state.step, self.score(), self.best)
 
     def score(self) -> float:
         """Exact accuracy over all test puzzles."""
@@ -253,8 +270,9 @@ class Trainer:
         return sum(own) / len(own) if own else self.score()
 
     def _save(self) -> None:
+        """Begin to save the state, unless it is; the loop goes on meanwhile."""
         run, state = self.run, self.state
-        if self.saved_step == state.step:
+        if self.saver.has(state.step):
             return
         if run.config.on_nonfinite == "stop":
             self._check_finite(int(state.nonfinite))
@@ -268,22 +286,7 @@ class Trainer:
             "seconds": self.seconds,
             "environment": {**environment(), "device": device_name(state.device)},
         }
-        try:
-            path = checkpoint.write(run.run_dir, state.step, state.files(), index)
-        except OSError as error:
-            logger.error("checkpoint at step %d could not be saved (%s); the earlier ones are "
-                         "whole, training goes on", state.step, error)  # fmt: skip
-            return
-        self.saved_step = state.step
-        self._attempt("remove old checkpoints", checkpoint.prune, run.config.keep_checkpoints)
-        logger.info("saved %s (parameters, optimizer states, EMA, carry)", path)
-
-    def _attempt(self, purpose: str, work: Callable[..., None], *arguments: Any) -> None:
-        """Tidy among the checkpoints; training goes on where the disk refuses."""
-        try:
-            work(self.run.run_dir, *arguments)
-        except OSError as error:
-            logger.error("could not %s (%s); training goes on", purpose, error)
+        self.saver.save(state, index)
 
     def _end(self, signal_name: str | None) -> dict[str, Any]:
         run, state = self.run, self.state
@@ -291,6 +294,7 @@ class Trainer:
         if finished and self.evaluated_step != state.step:
             self._evaluate()
         self._save()
+        self.saver.wait()
         summary = {
             "run": str(run.run_dir),
             "finished": finished,
@@ -300,12 +304,20 @@ class Trainer:
             "exact_accuracy": self.score() if self.reports else None,
             "sets": {name: r.values() for name, r in self.reports.items()},
         }
+        if self.leads:
+            self._conclude(summary, signal_name)
+        return summary
+
+    def _conclude(self, summary: dict[str, Any], signal_name: str | None) -> None:
+        """Leave the result in the run folder, and tell what can be done with it."""
+        run, state, finished = self.run, self.state, summary["finished"]
         write_summary(run.run_dir, summary)
         try:
             logger.info("curves: %s", plot_run(run.run_dir))
         except (ImportError, OSError, ValueError) as error:
             logger.warning("the curves could not be drawn (%s)", error)
-        self.logger.close({k: v for k, v in summary.items() if k != "sets"})
+        if self.logger is not None:
+            self.logger.close({k: v for k, v in summary.items() if k != "sets"})
         if signal_name is not None and not finished:
             logger.info("%s: stopped after step %d of %d, everything is saved", signal_name,
                         state.step, run.total_steps)  # fmt: skip
@@ -314,4 +326,3 @@ class Trainer:
         more = () if not finished else (f"max_steps={2 * run.total_steps}",)
         logger.info("evaluate it: python evaluate.py checkpoint=%s", run.run_dir)
         logger.info("resume it:   %s", command(f"load_checkpoint={run.run_dir}", *more))
-        return summary

@@ -15,7 +15,7 @@ from models import ARCHITECTURES, ModelDims
 from optim import OPTIMIZERS
 from training.config import CheckpointKeys, RunConfig, validate
 from training.errors import ConfigError
-from training.resume import Resume, WarmStart, find_checkpoint, merge
+from training.resume import Resume, WarmStart, find_start, merge
 from training.run_folder import discard, new_run_dir, reopen_run_dir
 
 
@@ -41,6 +41,12 @@ class World:
                 f"the environment variables RANK={values['RANK']} and "
                 f"WORLD_SIZE={values['WORLD_SIZE']} contradict each other"
             )
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if values["WORLD_SIZE"] > 1 and not os.environ.get(name):
+                raise ConfigError(
+                    f"the environment says WORLD_SIZE={values['WORLD_SIZE']} but not {name}; start "
+                    "several ranks with torchrun --nproc-per-node N pretrain.py …"
+                )
         return cls(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
 
 
@@ -117,6 +123,11 @@ def check(config: RunConfig, world: World) -> None:
             "freeze_weights=true leaves nothing to train without puzzle embeddings; "
             "set arch.puzzle_emb_ndim and arch.puzzle_emb_len above 0"
         )
+    if world.size > 1 and config.device.startswith(("mps", "cuda:")):
+        raise ConfigError(
+            f"device={config.device} is one device, and there are {world.size} ranks; use "
+            "device=cuda (one GPU per rank), cpu or auto"
+        )
     if config.device == "mps" and config.arch.forward_dtype == "float64":
         raise ConfigError("arch.forward_dtype=float64 does not exist on device=mps; use float32")
     check_device(config.device)
@@ -182,15 +193,8 @@ def check_job(
 ) -> tuple[RunConfig, World, Resume | WarmStart | None]:
     """Every check that needs neither torch nor the dataset; writes nothing."""
     world = World.from_environment()
-    if world.size > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={world.size}: training on several ranks is not supported yet; "
-            "start a single process"
-        )
-    keys = validate(CheckpointKeys, {k: values.get(k) for k in CheckpointKeys.model_fields})
-    found = None
-    if keys.load_checkpoint is not None:
-        found = find_checkpoint(keys.load_checkpoint, Path(keys.runs_dir))
+    keys = {k: values[k] for k in CheckpointKeys.model_fields if k in values}
+    found = find_start(validate(CheckpointKeys, keys))
     values = fitting(values, overrides)
     if isinstance(found, Resume):
         found, values = merge(found, values, overrides)

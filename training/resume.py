@@ -12,11 +12,14 @@ import yaml
 from data import DatasetConfig, DatasetInfo
 from models import files
 from training import checkpoint
-from training.config import RunConfig, validate
+from training.config import CheckpointKeys, RunConfig, validate
 from training.errors import ConfigError, nearest
+from training.run_folder import run_before_restart
 from training.weights import check_weights_file
 
 logger = logging.getLogger(__name__)
+
+_STARTING = ("load_checkpoint", "resume")  # keys that say what this sitting begins from
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,25 @@ def find_checkpoint(text: str, runs_dir: Path) -> Resume | WarmStart:
     raise ConfigError(f"there is no checkpoint at {path}{hint}")
 
 
+def find_start(keys: CheckpointKeys) -> Resume | WarmStart | None:
+    """What a run begins from; None: from nothing.
+
+    With resume=auto, and after torchrun has restarted its processes, that is the newest checkpoint
+    of the run's own folder before all else.
+    """
+    if keys.resume == "auto" and keys.run_name is None:
+        raise ConfigError("resume=auto needs run_name, whose folder it looks into")
+    own = run_before_restart(Path(keys.runs_dir))
+    if keys.resume == "auto":
+        own = Path(keys.runs_dir) / keys.run_name
+    if own is not None and checkpoint.list_steps(own):
+        path, index = checkpoint.newest(own)
+        return Resume(path.resolve(), index)
+    if keys.load_checkpoint is None:
+        return None
+    return find_checkpoint(keys.load_checkpoint, Path(keys.runs_dir))
+
+
 def _latest_run(runs_dir: Path) -> Path:
     indices = [*runs_dir.glob("*/checkpoints/step_*/index.json")]
     indices += runs_dir.glob("*/*/checkpoints/step_*/index.json")
@@ -118,14 +140,15 @@ def merge(
     Raises ConfigError where an override contradicts the stored state.
     """
     saved = found.index["config"]
-    merged = {**saved, "load_checkpoint": values["load_checkpoint"]}
+    merged = {**saved, **{k: values[k] for k in _STARTING if k in values}}
     for key in explicit_keys(overrides):
         if _has(values, key.split(".")):  # an experiment's key for another preset is gone
             merged = _assign(merged, values, key.split("."))
     old = validate(RunConfig, saved)
     new = validate(RunConfig, merged)
     differences = _differences(old.model_dump(), new.model_dump())
-    differences.pop("load_checkpoint", None)
+    for key in _STARTING:
+        differences.pop(key, None)
     for key, (before, after) in differences.items():
         if _is_fixed(key, old):
             raise ConfigError(
@@ -143,7 +166,7 @@ def explicit_keys(overrides: list[str]) -> list[str]:
         key, _, value = override.lstrip("+").partition("=")
         if key == "experiment":
             keys += _preset_keys(value.strip("'\""))
-        elif not key.startswith("hydra") and key != "load_checkpoint":
+        elif not key.startswith("hydra") and key not in _STARTING:
             keys.append(key)
     return keys
 

@@ -25,6 +25,7 @@ from training.errors import ConfigError
 if TYPE_CHECKING:
     from training.resume import Resume
 
+_LOCK = ".lock"
 _PACKAGES = ("torch", "triton", "numpy", "hydra-core", "pydantic", "safetensors", "wandb")
 _README = """# {name}
 
@@ -48,7 +49,11 @@ A training run of Loopwright, started with
 
 
 def new_run_dir(config: RunConfig) -> tuple[Path, str]:
-    """Choose and create a new run folder; returns it and the run's id."""
+    """Choose and create a new run folder; returns it and the run's id.
+
+    With resume=auto and after a restart, a folder in which the run ended before its first
+    checkpoint is taken over.
+    """
     run_id = secrets.token_hex(4)
     runs_dir = Path(config.runs_dir)
     if config.run_name is None:
@@ -56,7 +61,9 @@ def new_run_dir(config: RunConfig) -> tuple[Path, str]:
         run_dir = runs_dir / f"{config.data.name}-{config.arch.name}-{stamp}-{run_id}"
     else:
         run_dir = runs_dir / config.run_name
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        again = config.resume == "auto" or run_before_restart(runs_dir) == run_dir
+        begun = again and (run_dir / "checkpoints").is_dir()
+        if run_dir.exists() and not begun and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise ConfigError(
                 f"run_name={config.run_name}: {run_dir} exists already; choose another name, or "
                 f"continue it with load_checkpoint={run_dir}"
@@ -139,6 +146,40 @@ def code_version() -> str:
         return "unknown"
 
 
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process trains in the folder."""
+    try:
+        import fcntl
+
+        with (run_dir / _LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        pass
+    return False
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started the processes of this run once more."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def run_before_restart(runs_dir: Path) -> Path | None:
+    """The folder of the run that this torchrun trained before it restarted its processes."""
+    if not is_restart():
+        return None
+    found = [*runs_dir.glob(f"*/{_LOCK}"), *runs_dir.glob(f"*/*/{_LOCK}")]
+    mine = [path for path in found if path.read_text() == _agent()]
+    return max(mine, key=lambda path: path.stat().st_mtime_ns).parent if mine else None
+
+
+def _agent() -> str:
+    """A name for the torchrun that started this process; it outlives restarts."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return "" if run is None else f"torchrun {run} {platform.node()} {os.getppid()}\n"
+
+
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
     """Write summary.json."""
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -152,9 +193,12 @@ def lock(run_dir: Path) -> Iterator[None]:
     except ImportError:  # Windows: no advisory locks of this kind
         yield
         return
-    with (run_dir / ".lock").open("w") as file:
+    with (run_dir / _LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"another process is training in {run_dir}; wait for it") from None
+        file.truncate(0)
+        file.write(_agent())
+        file.flush()
         yield

@@ -18,10 +18,12 @@ from models import ACT, Carry, build_model
 from models.legacy import resize_puzzles
 from optim import EMA, SparseSignSGD
 from optim.base import DeviceOptimizer
+from training.buckets import GradientBuckets
 from training.checkpoint import read_tensors
 from training.errors import ConfigError
 from training.graph import GraphedWork
 from training.loss_scale import LossScale
+from training.ranks import ALONE, Ranks
 from training.resolve import ResolvedRun
 from training.resume import Resume, WarmStart
 from training.weights import read_weights
@@ -30,14 +32,25 @@ logger = logging.getLogger(__name__)
 
 METRICS = ("count", "accuracy", "exact_accuracy", "q_halt_accuracy", "steps")
 LOSSES = ("lm_loss", "q_halt_loss", "q_continue_loss")
-SUMS = (*METRICS, *LOSSES, "grad_norm", "train_steps")
+SAME_ON_ALL = ("grad_norm", "train_steps")  # every rank has the whole of these
+SUMS = (*METRICS, *LOSSES, *SAME_ON_ALL)
 
 
 class TrainState:
-    """Model, optimizers, average, carry, counters and metric sums of one run, on one device."""
+    """Model, optimizers, average, carry, counters and metric sums of one run, on one device.
 
-    def __init__(self, run: ResolvedRun, dataset: PuzzleDataset, device: torch.device) -> None:
+    Of several ranks, each has the whole model and its rows of the carry.
+    """
+
+    def __init__(
+        self,
+        run: ResolvedRun,
+        dataset: PuzzleDataset,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
         config = run.config
+        self.ranks = ranks
         self.device, self.step = device, 0
         model = build_model(config.arch, run.dims, seed=config.seed, device=device)
         model.requires_grad_(not config.freeze_weights)
@@ -53,6 +66,10 @@ class TrainState:
                 weight_decay=config.puzzle_emb_weight_decay,
             )
         self._check_ownership(config.freeze_weights)
+        self.buckets: GradientBuckets | None = None
+        if ranks.size > 1 and not config.freeze_weights:
+            mean = config.grad_reduce == "mean"
+            self.buckets = GradientBuckets(model.parameters(), mean=mean)
         self.ema = EMA(model.named_parameters(), config.ema_rate) if config.ema else None
         if self.ema is not None:
             self.ema.attach(*self.optimizers.values())
@@ -62,8 +79,8 @@ class TrainState:
             global_batch_size=config.global_batch_size,
             seed=config.seed,
             num_aug=config.data.num_aug,
-            rank=run.world.rank,
-            world_size=run.world.size,
+            rank=ranks.rank,
+            world_size=ranks.size,
             device=device,
         )
         self.incoming = self.loader.batch(0)  # where the next step finds its batch
@@ -73,7 +90,8 @@ class TrainState:
         half = model.embedding.dtype == torch.float16
         self.loss_scale = LossScale(device) if half else None
         self.graph: GraphedWork | None = None
-        self.sums = {name: torch.zeros((), device=device) for name in SUMS}  # since the last log
+        wide = torch.promote_types(model.embedding.dtype, torch.float32)
+        self.sums = {k: torch.zeros((), dtype=wide, device=device) for k in SUMS}  # since the log
         self.row_numbers = torch.arange(
             self.loader.local.start, self.loader.local.stop, device=device
         )
@@ -82,8 +100,16 @@ class TrainState:
         """From now on steps run in a CUDA graph, for which gradients keep their addresses."""
         self.graph = GraphedWork(self.device)
         for p in self.model.parameters():
-            if p.requires_grad:
+            if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients, in place where they keep their addresses."""
+        for name, optimizer in self.optimizers.items():
+            if name == "sparse_signsgd" or self.buckets is None:
+                optimizer.zero_grad(set_to_none=self.graph is None)
+        if self.buckets is not None:
+            self.buckets.zero()
 
     def _check_ownership(self, frozen: bool) -> None:
         owned = [p for o in self.optimizers.values() for g in o.param_groups for p in g["params"]]
@@ -95,6 +121,11 @@ class TrainState:
         )
 
     # What a checkpoint holds
+
+    @staticmethod
+    def is_own(stem: str, name: str) -> bool:
+        """Whether a tensor of `files()` belongs to this rank alone: rows of the carry, sums."""
+        return stem == "carry" and (_is_row(name) or name.startswith("sums."))
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of the state, by file and name (not copies)."""
@@ -128,9 +159,15 @@ class TrainState:
         return tensors
 
     def restore(self, resume: Resume) -> None:
-        """Fill every tensor of the state from a checkpoint; ConfigError if one does not match."""
+        """Fill every tensor of the state from a checkpoint; ConfigError if one does not match.
+
+        The checkpoint may be of any number of ranks.
+        """
         for stem, tensors in self.files().items():
-            saved = read_tensors(resume.path, stem)
+            rows = self.loader.local if self.ranks.size > 1 else None
+            saved = read_tensors(resume.path, stem, rows if stem == "carry" else None, _is_row)
+            saved = {k: self._own_sum(k, v) if self.is_own(stem, k) else v
+                     for k, v in saved.items()}  # fmt: skip
             _copy_all(tensors, saved, f"{resume.path / stem}.safetensors")
         self.step = int(resume.index["step"])
         self.step_counter.fill_(self.step)
@@ -141,6 +178,17 @@ class TrainState:
             logger.info("  changed on the command line: %s", change)
         if not resume.changes:
             logger.info("  no setting was changed")
+
+    def _own_sum(self, name: str, saved: Tensor) -> Tensor:
+        """This rank's part of a metric sum that was saved as one number per rank."""
+        if _is_row(name):
+            return saved
+        parts = saved.reshape(-1)
+        if len(parts) == self.ranks.size:
+            return parts[self.ranks.rank]
+        if name.removeprefix("sums.") in SAME_ON_ALL:
+            return parts[0]
+        return parts.sum() if self.ranks.rank == 0 else torch.zeros_like(parts[0])
 
     def warm_start(self, start: WarmStart, dataset: Path) -> None:
         """Take the weights, and nothing else, from a file.
@@ -170,6 +218,11 @@ class TrainState:
         logger.info("warm start: weights%s from %s%s, everything else new, at step 0",
                     " and average" if state.average and self.ema else "", start.path,
                     "" if state.step is None else f" (saved after step {state.step})")  # fmt: skip
+
+
+def _is_row(name: str) -> bool:
+    """Whether a tensor of the carry has one row per row of the batch."""
+    return name.startswith(("state.", "batch.")) or name in ("steps", "halted")
 
 
 @torch.no_grad()

@@ -60,19 +60,27 @@ def advance(state: TrainState, config: RunConfig) -> None:
     state.step_counter += 1
     carry = state.act.refill(state.carry, state.incoming)
     draws = counter_uniform(config.seed, state.step_counter, state.row_numbers, streams=2)
-    parts, losses, sums, finite = [], [], {}, []
+    parts, losses, sums, finite, embedded = [], [], {}, [], []
     rows_per_part = draws.shape[1] // config.grad_accum
     for first in range(0, draws.shape[1], rows_per_part):
         rows = slice(first, first + rows_per_part)
-        part, loss, metrics, embedding_ok = _forward_backward(state, config, carry, draws, rows)
+        if state.buckets is not None and rows.stop == draws.shape[1]:
+            state.buckets.arm()
+        part, loss, metrics, puzzle_rows = _forward_backward(state, config, carry, draws, rows)
         parts.append(part)
         losses.append(loss)
-        finite.append(embedding_ok)
+        if puzzle_rows is not None:
+            embedded.append(puzzle_rows)
+            finite.append(torch.isfinite(puzzle_rows.grad).all())
         sums = {k: sums[k] + v if k in sums else v for k, v in metrics.items()}
 
+    finite.append(torch.isfinite(sum(losses)))
+    bad = _anywhere(state, ~torch.stack(finite).all())
+    _give_rows(state, carry, embedded)
+    if state.buckets is not None:
+        state.buckets.finish()
     norm, scale = _norm_and_scale(state, config)
-    finite += [torch.isfinite(norm), torch.isfinite(sum(losses))]
-    bad = ~torch.stack(finite).all()
+    bad = bad | ~torch.isfinite(norm)
     counted = bad
     if state.loss_scale is not None:  # an overflow lowers the scale; it counts if that cannot help
         counted = state.loss_scale.update(bad)
@@ -92,14 +100,13 @@ LOGGED_IF_GOOD = ("lm_loss", "q_halt_loss", "q_continue_loss", "grad_norm")
 
 def _forward_backward(
     state: TrainState, config: RunConfig, carry: Carry, draws: Tensor, rows: slice
-) -> tuple[Carry, Tensor, dict[str, Tensor], Tensor]:
-    """One micro-batch: its new carry, loss, metric sums, and whether its row gradients are finite.
+) -> tuple[Carry, Tensor, dict[str, Tensor], Tensor | None]:
+    """One micro-batch: its new carry, loss, metric sums, and its puzzle rows with their gradient.
 
-    Gradients accumulate in the parameters; those of the puzzle rows go to their own ids.
+    Gradients accumulate in the parameters.
     """
     part = _slice(carry, rows)
-    ids = part.batch["puzzle_ids"]
-    puzzle_rows = state.model.puzzle_rows(ids)
+    puzzle_rows = state.model.puzzle_rows(part.batch["puzzle_ids"])
     if puzzle_rows is not None:
         puzzle_rows = puzzle_rows.detach().requires_grad_()
     part, output = state.act(part, puzzle_rows, draws[:, rows])
@@ -108,12 +115,26 @@ def _forward_backward(
     if state.loss_scale is not None:
         scaled = scaled * state.loss_scale.scale
     scaled.backward()
-    finite = torch.ones((), dtype=torch.bool, device=state.device)
-    if puzzle_rows is not None:
-        sparse = state.optimizers["sparse_signsgd"]
-        sparse.add_rows(state.model.embedding.puzzles, ids, puzzle_rows.grad)
-        finite = torch.isfinite(puzzle_rows.grad).all()
-    return part, loss.detach(), metrics, finite
+    return part, loss.detach(), metrics, puzzle_rows
+
+
+def _anywhere(state: TrainState, flag: Tensor) -> Tensor:
+    """Whether the 0-dim `flag` is true on any rank."""
+    if state.ranks.size == 1:
+        return flag
+    return state.ranks.sum(flag.to(torch.float32)) > 0
+
+
+def _give_rows(state: TrainState, carry: Carry, embedded: list[Tensor]) -> None:
+    """Hand the gradients of all ranks' puzzle rows to their optimizer, in the order of the batch.
+
+    Micro-batches and ranks change nothing then: duplicates of an id are summed in that order.
+    """
+    if not embedded:
+        return
+    grads = torch.cat([rows.grad for rows in embedded]) if len(embedded) > 1 else embedded[0].grad
+    ids, grads = state.ranks.rows(carry.batch["puzzle_ids"]), state.ranks.rows(grads)
+    state.optimizers["sparse_signsgd"].add_rows(state.model.embedding.puzzles, ids, grads)
 
 
 def _norm_and_scale(state: TrainState, config: RunConfig) -> tuple[Tensor, Tensor | None]:
@@ -133,7 +154,7 @@ def _update_weights(state: TrainState, scale: Tensor | None, bad: Tensor) -> Non
     found_inf = bad.to(torch.float32)
     for name, optimizer in state.optimizers.items():  # sparse_signsgd looks at signs only
         optimizer.step(grad_scale=None if name == "sparse_signsgd" else scale, found_inf=found_inf)
-        optimizer.zero_grad(set_to_none=state.graph is None)
+    state.clear_gradients()
     if state.ema is not None:
         state.ema.update(found_inf)
 

@@ -23,7 +23,7 @@ def jobs_done(monkeypatch):
 
     jobs = Jobs()
 
-    def run(command, check):
+    def run(command, check, env):
         jobs.append(command)
         code = jobs.codes[len(jobs) - 1] if len(jobs) <= len(jobs.codes) else 0
         overrides = dict(text.split("=", 1) for text in command[2:])

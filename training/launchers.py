@@ -1,0 +1,127 @@
+"""How the jobs of a sweep are started: several at a time, or on a cluster."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import queue
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import ConfigError
+from training.sweep import Job, Launch, one_after_another, run_job
+
+logger = logging.getLogger(__name__)
+_ROOT = Path(__file__).parents[1]
+
+
+def make_launch(kind: str, settings: dict[str, Any]) -> Launch:
+    """The launch function of `hydra/launcher=KIND`; ConfigError where a package is missing."""
+    if kind == "process":
+        return one_after_another
+    if importlib.util.find_spec(kind) is None:
+        raise ConfigError(f"hydra/launcher={kind} needs the package {kind}: pip install {kind}")
+    return {"joblib": JoblibLaunch, "submitit": SubmititLaunch}[kind](**settings)
+
+
+@dataclass(frozen=True)
+class JoblibLaunch:
+    """`n_jobs` processes at a time on this machine; with `gpus_per_job`, each on its own GPUs."""
+
+    n_jobs: int
+    gpus_per_job: int
+
+    def __call__(self, jobs: list[Job]) -> Iterator[tuple[Job, int]]:
+        """Launch; yields jobs as they end."""
+        from joblib import Parallel, delayed
+
+        slots: queue.Queue[int] = queue.Queue()
+        for slot in range(max(self.n_jobs, 1) if self.n_jobs > 0 else os.cpu_count() or 1):
+            slots.put(slot)
+
+        def run(job: Job) -> tuple[Job, int]:
+            slot = slots.get()
+            try:
+                logger.info("job %d: %s", job.number, " ".join(job.overrides))
+                return job, run_job(job, env=self._environment(slot))
+            finally:
+                slots.put(slot)
+
+        # threads: each only waits for the process of its job
+        parallel = Parallel(self.n_jobs, backend="threading", return_as="generator_unordered")
+        yield from parallel(delayed(run)(job) for job in jobs)
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        if not self.gpus_per_job:
+            return dict(os.environ)
+        first = slot * self.gpus_per_job
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        own = visible.split(",") if visible else [str(i) for i in range(first + self.gpus_per_job)]
+        mine = own[first : first + self.gpus_per_job]
+        if len(mine) < self.gpus_per_job:
+            raise ConfigError(
+                f"hydra.launcher.n_jobs={self.n_jobs} times gpus_per_job={self.gpus_per_job} are "
+                f"more GPUs than CUDA_VISIBLE_DEVICES={visible} has"
+            )
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(mine)}
+
+
+@dataclass(frozen=True)
+class SubmititLaunch:
+    """Jobs of a SLURM array, or processes of this machine, through submitit."""
+
+    cluster: str | None
+    timeout_min: int
+    nodes: int
+    gpus_per_node: int
+    cpus_per_task: int
+    mem_gb: float | None
+    array_parallelism: int
+    slurm_partition: str | None
+    additional_parameters: dict[str, Any]
+
+    def __call__(self, jobs: list[Job]) -> Iterator[tuple[Job, int]]:
+        """Launch; yields jobs as they end."""
+        import submitit
+
+        if not jobs:
+            return
+        # what submitit starts imports this package from wherever it runs
+        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        folder = jobs[0].sweep_dir / "submitit"
+        executor = submitit.AutoExecutor(folder=folder, cluster=self.cluster)
+        parameters = {
+            "timeout_min": self.timeout_min, "nodes": self.nodes,
+            "gpus_per_node": self.gpus_per_node, "cpus_per_task": self.cpus_per_task,
+            "mem_gb": self.mem_gb, "slurm_array_parallelism": self.array_parallelism,
+            "slurm_partition": self.slurm_partition, "name": "loopwright",
+            "slurm_additional_parameters": dict(self.additional_parameters) or None,
+        }  # fmt: skip
+        executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
+        started = executor.map_array(Requeued(), jobs)
+        by_id = {job.job_id: own for job, own in zip(started, jobs, strict=True)}
+        logger.info("%d jobs are with %s; their output is in %s", len(jobs), executor.cluster,
+                    folder)  # fmt: skip
+        for job in submitit.helpers.as_completed(started, poll_frequency=1):
+            error = job.exception()
+            if error is not None:
+                logger.error("job %d: %s", by_id[job.job_id].number, error)
+            yield by_id[job.job_id], 1 if error is not None else job.result()
+
+
+class Requeued:
+    """Runs a job; submitit submits it again where the cluster took its machine away."""
+
+    def __call__(self, job: Job) -> int:
+        """Run it; it goes on where it was."""
+        return run_job(job)
+
+    def checkpoint(self, job: Job) -> Any:
+        """What submitit asks for at a preemption or the time limit."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, job)
