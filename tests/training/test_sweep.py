@@ -197,3 +197,46 @@ def test_a_sweep_killed_in_the_middle_and_restarted(tiny, tmp_path, launcher):
 def finished_at(tmp_path) -> dict[Path, int]:
     """When each run that is finished ended."""
     return {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/sweep-*/*/summary.json")}
+
+
+@pytest.mark.slow
+def test_a_search_with_optuna_goes_on_where_it_was_killed(tiny, tmp_path):
+    """Trials that have ended are not repeated, and the one in work is finished in its folder."""
+    pytest.importorskip("optuna")
+    base = [a for a in tiny("max_steps=12", "eval_interval=4") if not a.startswith("runs_dir")]
+    line = ["--trials", "4", "--metric", "lm_loss", *base, "lr=tag(log, interval(1e-4, 1e-2))",
+            "optim=choice(adam_atan2, adamw)"]  # fmt: skip
+    folder = tmp_path / "runs" / "search-search"
+    process = subprocess.Popen(command("scripts/search.py", *line), cwd=tmp_path, env=environment())
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("*/summary.json")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*/summary.json")}
+    done = call(tmp_path, "scripts/search.py", *line)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ended = [r for r in rows if r["state"] in ("complete", "pruned")]
+    assert len(ended) == 4 and all(float(r["lr"]) > 0 for r in rows)
+    assert len({r["run"] for r in ended}) == 4
+    assert before and all(p.is_file() for p in before)
+    assert "best:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("lr=1e-3", "there is no range to search"),
+        ("lr=interval(1e-2,1e-3)", "is empty"),
+        ("arch.num_layers=choice(1,2)", "has no such key"),
+        ("speed=choice(1,2)", "there is no key speed"),
+    ],
+)
+def test_a_search_refuses(tmp_path, line, message):
+    pytest.importorskip("optuna")
+    done = call(tmp_path, "scripts/search.py", line)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
+    assert list(tmp_path.iterdir()) == []
