@@ -226,7 +226,8 @@ class Trainer:
     def _check_finite(self, nonfinite: int) -> None:
         if not nonfinite or self.run.config.on_nonfinite == "skip":
             return
-        steps = checkpoint.list_steps(self.run.run_dir)
+        self.saver.wait()
+        steps = self.ranks.first(checkpoint.list_steps(self.run.run_dir))
         good = checkpoint.folder(self.run.run_dir) / checkpoint.name(steps[-1]) if steps else "none"
         raise TrainingFailed(
             f"the loss or a gradient became NaN or infinite before step {self.state.step}; the "

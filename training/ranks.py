@@ -30,7 +30,9 @@ _GRACE = 2.0  # seconds in which the rank that failed may say why, before others
 # torch 2.13 gives it a new name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # How the errors of torch.distributed sound: those of gloo have no class of their own.
-_LOSS = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|store", re.I)
+_LOSS = re.compile(
+    r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|pair closure|store", re.I
+)
 _LATE = re.compile(r"time[d\- ]*out", re.I)
 
 
