@@ -14,12 +14,11 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from models.kernels.hopper.compile import CompileError, cubin, nvrtc, wgmma
+from models.kernels.hopper.compile import CompileError, cubin, nvrtc, sources, wgmma
 from models.kernels.hopper.driver import Kernel, load, row_map, weight_map
 
 _PLAIN, _SWIGLU, _SWIGLU_SAVE, _DSWIGLU, _RESIDUAL, _NORM = range(6)  # as in gemm.cu
@@ -80,9 +79,7 @@ def plan(epilogue: int, k: int, columns: int) -> Plan:
 
 @functools.cache
 def _kernel(p: Plan, device: int) -> Kernel:
-    folder = Path(__file__).parent
-    files = ((folder / name).read_text(encoding="utf-8") for name in ("instructions.cu", "gemm.cu"))
-    source = "\n".join((wgmma(p.bn), *files))
+    text = wgmma(p.bn) + "\n" + sources("instructions.cu", "gemm.cu")
     macros = {
         "EPILOGUE": p.epilogue,
         "K": p.k,
@@ -93,7 +90,7 @@ def _kernel(p: Plan, device: int) -> Kernel:
         "CM": p.cm,
         "CN": p.cn,
     }
-    code = cubin(source, macros)
+    code = cubin(text, macros)
     return load(code, "gemm", 384, p.shared_bytes, p.cm * p.cn)
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models.kernels import hopper
-from models.kernels.hopper.compile import cubin
+from models.kernels.hopper.compile import cubin, sources
 from models.kernels.hopper.driver import Kernel, load, tensor_map
 
 MAX_TOKENS, HEAD_DIM = 128, 64
@@ -66,7 +65,7 @@ class Plan:
         texts = [wgmma("scores", -(-self.length // 8) * 8, "ss", across=False)]
         texts += [wgmma("mix", 64, "rs", across=True), wgmma("across", 64, "ss", across=True)]
         names = ("common", "short", "backward" if self.backward else "forward")
-        texts += [Path(__file__).with_name(f"attention_{name}.cu").read_text() for name in names]
+        texts.append(sources(*(f"attention_{name}.cu" for name in names)))
         macros = {
             "LENGTH": self.length,
             "TEAMS": self.teams,

@@ -5,37 +5,9 @@
 //
 // Compile-time: LENGTH; and the wgmma functions, written by attention.py.
 
-typedef unsigned u32;
-typedef unsigned long long u64;
-typedef unsigned short bf16;
-struct alignas(64) TensorMap { u64 opaque[16]; };
-struct alignas(16) Eight { u32 pair[4]; };       // 8 bf16
 struct alignas(16) Four { float v[4]; };
 
 constexpr float LOG2E = 1.4426950408889634f, SCALE = 0.125f;
-
-__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u64* bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(bar)), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_wait(u64* bar, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@p bra done;\nbra again;\ndone:\n}"
-      ::"r"(address(bar)), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u64* bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-               ::"r"(address(bar)), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u64* bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(bar)) : "memory");
-}
 
 // Once for the warp.
 __device__ __forceinline__ void arrive_if(u64* bar) {

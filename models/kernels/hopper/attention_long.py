@@ -9,13 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models.kernels.hopper.attention import HEAD_DIM, wgmma
-from models.kernels.hopper.compile import cubin
+from models.kernels.hopper.compile import cubin, sources
 from models.kernels.hopper.driver import Kernel, load, tensor_map
 
 MAX_TOKENS = 1024
@@ -44,8 +43,7 @@ class Plan:
         last = -(-((self.length - 1) % _ROWS + 1) // 8) * 8
         texts = [wgmma("scores", n, "ss", across=False) for n in sorted({_ROWS, last})]
         texts.append(wgmma("mix", HEAD_DIM, "rs", across=True))
-        for name in ("common", "long"):
-            texts.append(Path(__file__).with_name(f"attention_{name}.cu").read_text())
+        texts.append(sources("attention_common.cu", "attention_long.cu"))
         macros = {"LENGTH": self.length, "ROPE": int(self.rope), "SAVE": int(self.save)}
         return "\n".join(texts), macros
 
@@ -88,8 +86,7 @@ class BackwardPlan:
         sizes = sorted({self.columns, last})
         texts = [wgmma("scores", n, "ss", across=False) for n in sizes]
         texts.append(wgmma("mix", HEAD_DIM, "rs", across=True))
-        for name in ("common", "long_backward"):
-            texts.append(Path(__file__).with_name(f"attention_{name}.cu").read_text())
+        texts.append(sources("attention_common.cu", "attention_long_backward.cu"))
         macros = {
             "LENGTH": self.length,
             "PADDED": padded(self.length),

@@ -47,6 +47,12 @@ def cache_folder() -> Path:
     return Path(base) / "loopwright" / "cubin"
 
 
+def sources(*names: str) -> str:
+    """The text of these files of this folder, after basics.cu, which all of them build on."""
+    folder = Path(__file__).parent
+    return "\n".join((folder / n).read_text(encoding="utf-8") for n in ("basics.cu", *names))
+
+
 def cubin(source: str, macros: dict[str, int]) -> bytes:
     """The machine code of `source` with `macros` defined, from the cache or compiled."""
     major, minor = ctypes.c_int(), ctypes.c_int()

@@ -13,13 +13,12 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.hopper.compile import cubin, wgmma_named
+from models.kernels.hopper.compile import cubin, sources, wgmma_named
 from models.kernels.hopper.driver import Kernel, load, tensor_map
 
 MAX_TOKENS = 128
@@ -63,7 +62,7 @@ class ForwardPlan(Plan):
     TURNS: int = 0
     SAVE: int = 0
 
-    source = ("primitives.cu", "mixer.cu")
+    files = ("primitives.cu", "mixer.cu")
 
     @property
     def stage_bytes(self) -> int:
@@ -87,7 +86,7 @@ class BackwardPlan(Plan):
 
     INNER: int = 0
 
-    source = ("primitives.cu", "mixer_inner.cu", "mixer_backward.cu")
+    files = ("primitives.cu", "mixer_inner.cu", "mixer_backward.cu")
 
     @property
     def stage_bytes(self) -> int:
@@ -112,7 +111,7 @@ class WeightsPlan(Plan):
     PART: int = 0
     SLICES: int = 0
 
-    source = ("primitives.cu", "mixer_inner.cu", "mixer_weights.cu")
+    files = ("primitives.cu", "mixer_inner.cu", "mixer_weights.cu")
 
     @property
     def stage_bytes(self) -> int:
@@ -160,10 +159,8 @@ def weights_plan(inner: int, length: int) -> WeightsPlan:
 
 @functools.cache
 def _kernel(p: Plan, device: int) -> Kernel:
-    folder = Path(__file__).parent
-    source = p.functions() + "".join((folder / f).read_text() for f in p.source)
-    name = p.source[-1].removesuffix(".cu")
-    code = cubin(source, asdict(p))
+    name = p.files[-1].removesuffix(".cu")
+    code = cubin(p.functions() + sources(*p.files), asdict(p))
     return load(code, name, 128 * (p.WGS + 1), p.shared_bytes, p.CLUSTER)
 
 
