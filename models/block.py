@@ -47,17 +47,36 @@ class Block(nn.Module):
             from models.kernels.residual import swiglu_norm
 
             gate_up, down = self.mlp.gate_up.weight, self.mlp.down.weight
-            fused = swiglu_norm(x_BLD, gate_up, down, self.eps)
+            fused = swiglu_norm(x_BLD, gate_up, down, self.eps, self.mlp.halves)
             if fused is not None:
                 return fused
         return rms_norm(x_BLD + self.mlp(x_BLD), self.eps)
+
+    def prepare(self, x_BLD: Tensor) -> None:
+        """Lay the weights out as the kernels take them, for all uses on activations like x_BLD."""
+        if usable("swiglu", x_BLD) and self.mlp.gate_up.half is not None:
+            from models.kernels.swiglu import cast_weights
+
+            self.mlp.halves = cast_weights(self.mlp.gate_up.half, self.mlp.down.half, x_BLD.dtype)
+        if self.token_mlp is not None and usable("mixer", x_BLD):
+            from models.kernels.mixer import MAX_TOKENS, cast_weights
+
+            if x_BLD.shape[1] <= MAX_TOKENS and self.token_mlp.gate_up.half is not None:
+                halves = self.token_mlp.gate_up.half, self.token_mlp.down.half
+                self.token_mlp.halves = cast_weights(x_BLD, *halves)
+
+    def release(self) -> None:
+        """Forget what `prepare` laid out."""
+        for mlp in (self.mlp, self.token_mlp):
+            if mlp is not None:
+                mlp.halves = None
 
     def _attend(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
         mixed, out = self.attention.mix(x_BLD, rope), self.attention.out
         if usable("residual", x_BLD) and not out.fp8:
             from models.kernels.residual import linear_norm
 
-            fused = linear_norm(mixed, out.weight, x_BLD, self.eps)
+            fused = linear_norm(mixed, out.weight, x_BLD, self.eps, out.half)
             if fused is not None:
                 return fused
         return rms_norm(x_BLD + out(mixed), self.eps)
@@ -68,8 +87,8 @@ class Block(nn.Module):
             from models.kernels.mixer import MAX_TOKENS, token_mixer
 
             if x_BLD.shape[1] <= MAX_TOKENS:
-                mlp = self.token_mlp
-                return token_mixer(x_BLD, mlp.gate_up.weight, mlp.down.weight, self.eps)
+                gate_up, down = self.token_mlp.gate_up.weight, self.token_mlp.down.weight
+                return token_mixer(x_BLD, gate_up, down, self.eps, self.token_mlp.halves)
         x_BDL = x_BLD.transpose(1, 2)
         return rms_norm(x_BDL + self.token_mlp(x_BDL), self.eps).transpose(1, 2)
 

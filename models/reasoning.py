@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from models.casting import cast_once
 from models.config import ModelDims, ReasoningConfig
 from models.embedding import InputEmbedding
 from models.layers import Linear, truncated_normal
@@ -80,7 +82,10 @@ class ReasoningModel(nn.Module):
         """One ACT step. `batch` holds inputs (B, L), puzzle_ids (B,) and maybe puzzle_rows."""
         schedule = self.schedule if self.training else self.full_schedule
         x_BLD = self.embedding(batch)
-        state = run(schedule, state, x_BLD, self.levels, self.config.grad_checkpoint)
+        kept = self.config.grad_checkpoint if torch.is_grad_enabled() else "none"
+        # what is recomputed after this pass casts for itself
+        with cast_once(self.levels, x_BLD) if kept == "none" else nullcontext():
+            state = run(schedule, state, x_BLD, self.levels, kept)
         answer = state[self.config.states[0]]
         logits = self.lm_head(answer[:, self.config.prefix_len :])
         q_logits = self.q_head(answer[:, 0])  # the first position also decides on halting

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data import read_dataset
 from training import checkpoint
+from training.act_steps import ACTSteps
 from training.device import (
     choose_device,
     device_name,
@@ -83,6 +84,8 @@ class Trainer:
             describe(run.run_dir, config)
         self.datasets = {s: read_dataset(run.dataset_path, s) for s in ("train", "test")}
         self.state = TrainState(run, self.datasets["train"], device, ranks)
+        graphed = config.cuda_graph == "auto" and ranks.size == 1
+        self.eval_steps = ACTSteps(self.state.act, device, graphed=graphed)
         self.saver = Saver(run.run_dir, ranks, config.keep_checkpoints)
         prepare_execution(self.state, config)
         self._announce(device)
@@ -248,6 +251,7 @@ class Trainer:
                 device=state.device,
                 output_dir=run.run_dir,
                 ranks=self.ranks,
+                steps=self.eval_steps,
             )
         self.evaluated_step = state.step
         logger.info("evaluation at step %d\n%s", state.step, table(self.reports))

@@ -166,6 +166,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     from data import read_dataset
     from models import ACT, build_model
     from models.pretrained import load_tensors
+    from training.act_steps import ACTSteps
     from training.device import (
         choose_device,
         configure_compiler,
@@ -200,8 +201,12 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
             found_out = think_harder(ACT(model), dataset, config.eval, **options)
             text = _thinking_table(found_out)
         else:
+            act = ACT(model)
+            steps = ACTSteps(act, device, graphed=job.world.size == 1)
             with joined(job.world) as ranks:
-                reports = evaluate(ACT(model), dataset, config.eval, ranks=ranks, **options)
+                reports = evaluate(
+                    act, dataset, config.eval, ranks=ranks, steps=steps, **options
+                )
             found_out = {name: r.values() for name, r in reports.items()}
             text = table(reports)
     report = {
