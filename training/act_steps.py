@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import torch
 
 from models import ACT, Carry
 from models.act import ACTOutput
 from training.graph import GraphedWork
+
+Steps = Callable[[Carry], tuple[Carry, ACTOutput]]  # an `ACT`, or `ACTSteps`
 
 
 class ACTSteps:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from data import EvalLoader, PuzzleDataset, ScoredRows, build_scorer
 from models import ACT, IGNORE_LABEL, Carry, act_loss
 from models.act import ACTOutput
 from models.loss import token_loss
+from training.act_steps import Steps
 from training.config import EvalConfig
 from training.ranks import ALONE, Ranks
 
@@ -38,9 +38,6 @@ class SetReport:
         """All metrics by name, flat."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return {**{k: v for k, v in own.items() if k not in ("scores", "merit")}, **self.scores}
-
-
-Steps = Callable[[Carry], tuple[Carry, ACTOutput]]  # an `ACT`, or `ACTSteps`
 
 
 @torch.no_grad()

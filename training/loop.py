@@ -241,6 +241,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         run, config, state = self.run, self.run.config, self.state
+        began = time.perf_counter()
         with state.ema.applied() if state.ema is not None else nullcontext():
             self.reports = evaluate(
                 state.act,
@@ -254,7 +255,9 @@ class Trainer:
                 steps=self.eval_steps,
             )
         self.evaluated_step = state.step
-        logger.info("evaluation at step %d\n%s", state.step, table(self.reports))
+        seconds = time.perf_counter() - began
+        logger.info("evaluation at step %d, in %.3g s\n%s", state.step, seconds,
+                    table(self.reports))  # fmt: skip
         values = {f"{s}/{k}": v for s, r in self.reports.items() for k, v in r.values().items()}
         if self.logger is not None:
             self.logger.log(state.step, {**values, "train_seconds": self.seconds})
