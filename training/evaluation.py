@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -99,26 +99,12 @@ def evaluate(
             total=len(loader), desc=f"evaluating {name}", unit="batch", leave=False,
             disable=None if ranks.rank == 0 else True,
         )  # fmt: skip
-        thinking: deque[_Rows] = deque()
-
-        def score() -> None:
-            rows, nll = thinking.popleft().fetch()
+        for answers in _answers(act, loader, steps or act, scorer.needs_nll, sums):
+            rows, nll = answers.fetch()
             scorer.add(_scored(rows, nll))
             if config.save_predictions and output_dir is not None:
                 saved.append(rows)
             progress.update()
-
-        for number, batch in enumerate(loader):
-            carry, output = think(act, batch, steps)
-            present = (batch["labels"] != IGNORE_LABEL).any(-1)
-            _, metrics = act_loss(carry, output, act.model.config.loss, present)
-            for key, value in metrics.items():
-                sums[key] = sums[key] + value if key in sums else value.clone()
-            thinking.append(_Rows(loader, number, act, batch, output, scorer.needs_nll))
-            if number:
-                score()
-        while thinking:
-            score()
         progress.close()
         everyone = ranks.gather(({k: float(v) for k, v in sums.items()}, scorer, saved))
         values = {k: sum(theirs[0][k] for theirs in everyone) for k in sums}
@@ -139,7 +125,29 @@ def evaluate(
     return reports
 
 
-class _Rows:
+def _answers(
+    act: ACT, loader: EvalLoader, steps: Steps, needs_nll: bool, sums: dict[str, Tensor]
+) -> Iterator[_Answers]:
+    """The answers to each batch, once the device has been given the next one to think about.
+
+    Adds up the metrics in `sums`, on the device.
+    """
+    before = None
+    for number, batch in enumerate(loader):
+        carry, output = think(act, batch, steps)
+        present = (batch["labels"] != IGNORE_LABEL).any(-1)
+        _, metrics = act_loss(carry, output, act.model.config.loss, present)
+        for key, value in metrics.items():
+            sums[key] = sums[key] + value if key in sums else value.clone()
+        answers = _Answers(loader, number, act, batch, output, needs_nll)
+        if before is not None:
+            yield before
+        before = answers
+    if before is not None:
+        yield before
+
+
+class _Answers:
     """What the host needs of a batch's rows that are no padding; on its way there."""
 
     def __init__(
@@ -189,7 +197,7 @@ def _to_host(x: Tensor) -> Tensor:
 
 
 def _scored(rows: dict[str, np.ndarray], nll: np.ndarray | None) -> ScoredRows:
-    """What a scorer takes of `_Rows`."""
+    """What a scorer takes of `_Answers`."""
     return ScoredRows(
         examples=rows["indices"],
         augmentations=rows["augmentations"],
