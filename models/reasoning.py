@@ -64,13 +64,17 @@ class ReasoningModel(nn.Module):
         """Train by the schedule for this fraction of the steps; evaluation is by the full one."""
         self.schedule = self.config.schedule(progress)
 
-    def compile_levels(self) -> None:
+    def compile_levels(self, rows: int | None = None) -> None:
         """torch.compile each level's stack of blocks (one graph, used by every update).
 
         Its blocks one by one where each is recomputed: recomputation stays outside of the graphs.
+        With `rows`, a level stays as it is where a batch of so many meets fused kernels only:
+        compiling takes seconds, and finds nothing to fuse.
         """
         by_block = self.config.grad_checkpoint in ("block", "all")
         for level in self.levels.values():
+            if rows is not None and level.fused(next(iter(self.init_state(rows).values()))):
+                continue
             for part in level.blocks if by_block else (level,):
                 part.compile(dynamic=False)
 

@@ -85,7 +85,8 @@ def prepare_execution(state: TrainState, config: RunConfig) -> None:
         kernels.switch_off()
     if wants_compile(config.compile, state.device):
         configure_compiler()
-        state.model.compile_levels()
+        rows = len(state.carry.steps) // config.grad_accum
+        state.model.compile_levels(rows if config.compile == "auto" else None)
     if config.cuda_graph == "auto" and state.device.type == "cuda":
         if state.ranks.size > 1:
             logger.info("steps of several ranks are not captured in a CUDA graph yet")

@@ -191,7 +191,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
             kernels.switch_off()
         if wants_compile(config.compile, device):
             configure_compiler()
-            model.compile_levels()
+            model.compile_levels(job.batch_size if config.compile == "auto" else None)
         step = found.index["step"] if isinstance(found, Resume) else None
         logger.info("checkpoint %s: step %s, %s weights", found.path,
                     "unknown" if step is None else step, config.weights.upper())  # fmt: skip

@@ -196,7 +196,7 @@ def swiglu_norm(
         (..., K) in the dtype of x; rounded on the way are the weights, h, and gate and up for the
         backward.
     """
-    if not (takes(x, *down.shape) and gate_up.shape[0] % 256 == 0):
+    if not takes_swiglu(x, gate_up, down):
         return None
     x = x.contiguous()
     halves = halves or cast_weights(gate_up, down, x.dtype)
@@ -211,3 +211,8 @@ def takes(x: Tensor, rows: int, columns: int) -> bool:
         return False
     small = x.numel() < x.shape[-1] * 2**26
     return rows in hopper.NORM_WIDTHS and small and on_hopper(x.device.index)
+
+
+def takes_swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether `swiglu_norm` takes these."""
+    return takes(x, *down.shape) and gate_up.shape[0] % 256 == 0
