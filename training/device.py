@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from models import kernels
+from models.kernels.hopper.compile import cache_folder
 from training.config import RunConfig
 from training.errors import ConfigError, TrainingFailed
 
@@ -95,10 +96,18 @@ def prepare_execution(state: TrainState, config: RunConfig) -> None:
 
 
 def configure_compiler() -> None:
-    """Compiled kernels whose choice does not depend on timing, so that a resume is exact."""
+    """Compiled kernels whose choice does not depend on timing, so that a resume is exact.
+
+    They are kept with the others (torch's own place is lost when the machine starts anew).
+    """
     import torch._dynamo
     import torch._inductor.config as inductor
 
+    folder = cache_folder().parent / "inductor"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     torch._dynamo.config.cache_size_limit = 64
     if hasattr(inductor, "deterministic"):
         inductor.deterministic = True
