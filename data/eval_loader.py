@@ -23,13 +23,14 @@ _SUBSET, _VOTES = 0x04, 0x07  # streams of the hash
 class EvalLoader:
     """One pass over a set in its own order, in batches of one shape; iterate as often as you like.
 
-    The last batch is filled with rows of padding: pad tokens, every label -100, the blank puzzle
-    identifier. Every rank has the same number of batches.
+    The rows are spread evenly over as few batches as they need. What is missing in the last one is
+    filled with rows of padding: pad tokens, every label -100, the blank puzzle identifier. Every
+    rank has the same number of batches.
 
     Args:
         dataset: a split that `read_dataset` returned.
         set_name: one of `dataset.sets`.
-        batch_size: rows of all ranks together.
+        batch_size: rows of all ranks together, at most.
         max_examples: evaluate a seeded subset of so many rows, in the set's order; None: all.
         seed: decides the subset.
         num_aug: rows of each example beside the original: augmentations that have a puzzle
@@ -56,8 +57,6 @@ class EvalLoader:
             raise DataError(f"max_examples={max_examples} must be at least 1.")
         arrays = dataset.sets[set_name]
         self.dataset, self.arrays = dataset.part_of(set_name), arrays
-        self.batch_size = batch_size
-        self.local = local_slice(batch_size, rank, world_size)
         self.device = torch.device(device)
         args = ([arrays], self.dataset, self.device, resident_bytes)
         if isinstance(arrays, TokenStream):
@@ -81,6 +80,10 @@ class EvalLoader:
             )
         # Rows in the order of evaluation: example of the set, and augmentation of it.
         self.indices, self.augmentations = self._choose(len(arrays), max_examples, seed)
+        rows = len(self.indices)
+        each = -(-rows // max(-(-rows // batch_size), 1))  # of as few batches as there can be
+        self.batch_size = min(-(-each // world_size) * world_size, batch_size)
+        self.local = local_slice(self.batch_size, rank, world_size)
 
     def _choose(
         self, examples: int, max_examples: int | None, seed: int

@@ -25,6 +25,15 @@ class Carry:
     halted: Tensor  # (B,) bool, takes new data at the next step
     batch: Batch
 
+    def at(self, rows: Tensor | slice) -> Carry:
+        """Some of the rows: a slice, or their numbers."""
+        return Carry(
+            {k: v[rows] for k, v in self.state.items()},
+            self.steps[rows],
+            self.halted[rows],
+            {k: v[rows] for k, v in self.batch.items()},
+        )
+
 
 @dataclass
 class ACTOutput:

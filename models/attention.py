@@ -29,6 +29,19 @@ class Attention(nn.Module):
         """(B, L, D) → (B, L, D)."""
         return self.out(self.mix(x_BLD, rope))
 
+    def fused(self, x_BLD: Tensor) -> bool:
+        """Whether a fused kernel follows the first map on activations like x_BLD."""
+        if not (self.fusible and usable("attention", x_BLD)) or self.qkv.fp8:
+            return False
+        from models.kernels import long_attention as long
+        from models.kernels.attention import supported
+
+        if supported(x_BLD.shape[1], x_BLD.shape[2] // self.num_heads):
+            return True
+        qkv = torch.empty((), dtype=x_BLD.dtype, device=x_BLD.device)
+        qkv = qkv.expand(*x_BLD.shape[:2], 3 * x_BLD.shape[2])
+        return not self.causal and long.supported(qkv, self.num_heads)
+
     def mix(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
         """What the heads have gathered, side by side, before the last map: (B, L, D)."""
         qkv = self.qkv(x_BLD)

@@ -47,29 +47,66 @@ class Block(nn.Module):
             from models.kernels.residual import swiglu_norm
 
             gate_up, down = self.mlp.gate_up.weight, self.mlp.down.weight
-            fused = swiglu_norm(x_BLD, gate_up, down, self.eps)
+            fused = swiglu_norm(x_BLD, gate_up, down, self.eps, self.mlp.halves)
             if fused is not None:
                 return fused
         return rms_norm(x_BLD + self.mlp(x_BLD), self.eps)
+
+    def fused(self, x_BLD: Tensor) -> bool:
+        """Whether fused kernels do all of it on activations like x_BLD: nothing is to compile."""
+        if not usable("residual", x_BLD) or type(self.mlp) is not SwiGLU or self.mlp.gate_up.fp8:
+            return False
+        from models.kernels.residual import takes, takes_swiglu
+
+        if self.attention is None:
+            mixes = self._fuses_mixer(x_BLD)
+        else:
+            out = self.attention.out
+            mixes = not out.fp8 and takes(x_BLD, *out.weight.shape) and self.attention.fused(x_BLD)
+        return mixes and takes_swiglu(x_BLD, self.mlp.gate_up.weight, self.mlp.down.weight)
+
+    def _fuses_mixer(self, x_BLD: Tensor) -> bool:
+        if not usable("mixer", x_BLD):
+            return False
+        from models.kernels.mixer import MAX_TOKENS
+
+        return x_BLD.shape[1] <= MAX_TOKENS
+
+    def prepare(self, x_BLD: Tensor) -> None:
+        """Lay the weights out as the kernels take them, for all uses on activations like x_BLD."""
+        if usable("swiglu", x_BLD) and self.mlp.gate_up.half is not None:
+            from models.kernels.swiglu import cast_weights
+
+            self.mlp.halves = cast_weights(self.mlp.gate_up.half, self.mlp.down.half, x_BLD.dtype)
+        mlp = self.token_mlp
+        if mlp is not None and mlp.gate_up.half is not None and self._fuses_mixer(x_BLD):
+            from models.kernels.mixer import cast_weights
+
+            mlp.halves = cast_weights(x_BLD, mlp.gate_up.half, mlp.down.half)
+
+    def release(self) -> None:
+        """Forget what `prepare` laid out."""
+        for mlp in (self.mlp, self.token_mlp):
+            if mlp is not None:
+                mlp.halves = None
 
     def _attend(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
         mixed, out = self.attention.mix(x_BLD, rope), self.attention.out
         if usable("residual", x_BLD) and not out.fp8:
             from models.kernels.residual import linear_norm
 
-            fused = linear_norm(mixed, out.weight, x_BLD, self.eps)
+            fused = linear_norm(mixed, out.weight, x_BLD, self.eps, out.half)
             if fused is not None:
                 return fused
         return rms_norm(x_BLD + out(mixed), self.eps)
 
     def _mix_tokens(self, x_BLD: Tensor) -> Tensor:
         """The token mixer works, and normalizes, along the tokens of each feature."""
-        if usable("mixer", x_BLD):
-            from models.kernels.mixer import MAX_TOKENS, token_mixer
+        if self._fuses_mixer(x_BLD):
+            from models.kernels.mixer import token_mixer
 
-            if x_BLD.shape[1] <= MAX_TOKENS:
-                mlp = self.token_mlp
-                return token_mixer(x_BLD, mlp.gate_up.weight, mlp.down.weight, self.eps)
+            gate_up, down = self.token_mlp.gate_up.weight, self.token_mlp.down.weight
+            return token_mixer(x_BLD, gate_up, down, self.eps, self.token_mlp.halves)
         x_BDL = x_BLD.transpose(1, 2)
         return rms_norm(x_BDL + self.token_mlp(x_BDL), self.eps).transpose(1, 2)
 
@@ -95,6 +132,10 @@ class BlockStack(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, length, mixer, generator, conv_kernel) for _ in range(num_layers)
         )
+
+    def fused(self, x_BLD: Tensor) -> bool:
+        """Whether all blocks are `Block.fused`."""
+        return all(block.fused(x_BLD) for block in self.blocks)
 
     def forward(
         self, state_BLD: Tensor, injection_BLD: Tensor | None, recompute: int = 0

@@ -31,8 +31,29 @@ def truncated_normal(
     return nn.init.trunc_normal_(tensor, std=sigma, a=-2 * sigma, b=2 * sigma, generator=generator)
 
 
+class _LinearOfHalf(torch.autograd.Function):
+    """`F.linear(x, half)` with `half` a copy of `weight`, which gets the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, half: Tensor) -> Tensor:
+        ctx.save_for_backward(x, half)
+        ctx.kind = weight.dtype
+        return F.linear(x, half)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, half = ctx.saved_tensors
+        dx = dy @ half if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
+        dweight = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        return dx, dweight.to(ctx.kind), None
+
+
 class Linear(nn.Module):
     """`y = x Wᵀ (+ b)` in the dtype of x; truncated LeCun-normal weight, zero bias."""
+
+    half: Tensor | None = None  # the weight, cast for the pass under way (`models.casting`)
 
     def __init__(
         self,
@@ -48,10 +69,18 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.fp8 = False  # `build_model` sets it where the configuration and the shape allow
 
+    def casts(self, x: Tensor) -> bool:
+        """Whether the weight has to be cast for activations like x."""
+        return self.weight.dtype != x.dtype and self.bias is None and not self.fp8
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) → (..., out_features)."""
         if self.fp8:
             return fp8.linear(x, self.weight.to(x.dtype))
+        if self.half is not None:
+            if torch.is_grad_enabled():
+                return _LinearOfHalf.apply(x, self.weight, self.half)
+            return F.linear(x, self.half)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -123,6 +152,8 @@ class SwiGLU(nn.Module):
     The inner width is `expansion · 2/3 · features`, rounded up to a multiple of 256.
     """
 
+    halves: tuple[Tensor, ...] | None = None  # as the kernels take them, like `Linear.half`
+
     def __init__(
         self, features: int, expansion: float, generator: torch.Generator | None = None
     ) -> None:
@@ -138,7 +169,7 @@ class SwiGLU(nn.Module):
         if usable("swiglu", x) and not self.gate_up.fp8:
             from models.kernels.swiglu import swiglu_mlp
 
-            fused = swiglu_mlp(x, self.gate_up.weight, self.down.weight)
+            fused = swiglu_mlp(x, self.gate_up.weight, self.down.weight, self.halves)
             if fused is not None:
                 return fused
         excess = -features % 8 if x.is_cuda else 0

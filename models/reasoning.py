@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from models.casting import cast_once
 from models.config import ModelDims, ReasoningConfig
 from models.embedding import InputEmbedding
 from models.layers import Linear, truncated_normal
@@ -62,13 +64,17 @@ class ReasoningModel(nn.Module):
         """Train by the schedule for this fraction of the steps; evaluation is by the full one."""
         self.schedule = self.config.schedule(progress)
 
-    def compile_levels(self) -> None:
+    def compile_levels(self, rows: int | None = None) -> None:
         """torch.compile each level's stack of blocks (one graph, used by every update).
 
         Its blocks one by one where each is recomputed: recomputation stays outside of the graphs.
+        With `rows`, a level stays as it is where a batch of so many meets fused kernels only:
+        compiling takes seconds, and finds nothing to fuse.
         """
         by_block = self.config.grad_checkpoint in ("block", "all")
         for level in self.levels.values():
+            if rows is not None and level.fused(next(iter(self.init_state(rows).values()))):
+                continue
             for part in level.blocks if by_block else (level,):
                 part.compile(dynamic=False)
 
@@ -80,7 +86,10 @@ class ReasoningModel(nn.Module):
         """One ACT step. `batch` holds inputs (B, L), puzzle_ids (B,) and maybe puzzle_rows."""
         schedule = self.schedule if self.training else self.full_schedule
         x_BLD = self.embedding(batch)
-        state = run(schedule, state, x_BLD, self.levels, self.config.grad_checkpoint)
+        kept = self.config.grad_checkpoint if torch.is_grad_enabled() else "none"
+        # what is recomputed after this pass casts for itself
+        with cast_once(self.levels, x_BLD) if kept == "none" else nullcontext():
+            state = run(schedule, state, x_BLD, self.levels, kept)
         answer = state[self.config.states[0]]
         logits = self.lm_head(answer[:, self.config.prefix_len :])
         q_logits = self.q_head(answer[:, 0])  # the first position also decides on halting

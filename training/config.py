@@ -187,6 +187,10 @@ class EvaluateConfig(Section):
     which: Literal["newest", "best"] = Field("newest", description="checkpoint of a run folder")
     device: Device = Field("auto", description="auto, cpu, mps, cuda or cuda:N")
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: CUDA")
+    kernels: Literal["auto", "off"] = Field("auto", description="fused kernels; as in training")
+    cuda_graph: Literal["auto", "off"] = Field(
+        "auto", description="ACT steps as a CUDA graph; auto: on CUDA"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the subset of max_examples")
     eval: ThinkConfig = ThinkConfig()
     runs_dir: str = Field("runs", min_length=1, description="where `latest` is looked for")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from models import kernels
+from models.kernels.hopper.compile import cache_folder
 from training.config import RunConfig
 from training.errors import ConfigError, TrainingFailed
 
@@ -85,7 +86,8 @@ def prepare_execution(state: TrainState, config: RunConfig) -> None:
         kernels.switch_off()
     if wants_compile(config.compile, state.device):
         configure_compiler()
-        state.model.compile_levels()
+        rows = len(state.carry.steps) // config.grad_accum
+        state.model.compile_levels(rows if config.compile == "auto" else None)
     if config.cuda_graph == "auto" and state.device.type == "cuda":
         if state.ranks.size > 1:
             logger.info("steps of several ranks are not captured in a CUDA graph yet")
@@ -94,10 +96,18 @@ def prepare_execution(state: TrainState, config: RunConfig) -> None:
 
 
 def configure_compiler() -> None:
-    """Compiled kernels whose choice does not depend on timing, so that a resume is exact."""
+    """Compiled kernels whose choice does not depend on timing, so that a resume is exact.
+
+    They are kept with the others (torch's own place is lost when the machine starts anew).
+    """
     import torch._dynamo
     import torch._inductor.config as inductor
 
+    folder = cache_folder().parent / "inductor"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     torch._dynamo.config.cache_size_limit = 64
     if hasattr(inductor, "deterministic"):
         inductor.deterministic = True

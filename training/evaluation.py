@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from data import EvalLoader, PuzzleDataset, ScoredRows, build_scorer
 from models import ACT, IGNORE_LABEL, Carry, act_loss
 from models.act import ACTOutput
 from models.loss import token_loss
+from training.act_steps import Steps
 from training.config import EvalConfig
 from training.ranks import ALONE, Ranks
 
@@ -39,11 +41,14 @@ class SetReport:
 
 
 @torch.no_grad()
-def think(act: ACT, batch: dict[str, Tensor]) -> tuple[Carry, ACTOutput]:
+def think(
+    act: ACT, batch: dict[str, Tensor], steps: Steps | None = None
+) -> tuple[Carry, ACTOutput]:
     """Run all ACT steps on one batch from fresh states; the last step's carry and output."""
+    steps = steps or act
     carry = act.refill(act.initial_carry(batch), batch)
     for _ in range(act.model.config.halt_max_steps):
-        carry, output = act(carry)
+        carry, output = steps(carry)
     return carry, output
 
 
@@ -58,8 +63,12 @@ def evaluate(
     device: torch.device,
     output_dir: Path | None = None,
     ranks: Ranks = ALONE,
+    steps: Steps | None = None,
 ) -> dict[str, SetReport]:
     """Evaluate `act` on every set of `dataset`. Padding rows count nowhere.
+
+    `steps` takes the ACT steps in place of `act` itself. While the device thinks about a batch,
+    the host scores the one before: it waits for results only.
 
     With `output_dir`, the scorers write their files there (a submission), and with
     `config.save_predictions` predictions-SET.npz: indices, augmentations, inputs, labels,
@@ -90,17 +99,8 @@ def evaluate(
             total=len(loader), desc=f"evaluating {name}", unit="batch", leave=False,
             disable=None if ranks.rank == 0 else True,
         )  # fmt: skip
-        for number, batch in enumerate(loader):
-            carry, output = think(act, batch)
-            present = (batch["labels"] != IGNORE_LABEL).any(-1)
-            _, metrics = act_loss(carry, output, act.model.config.loss, present)
-            for key, value in metrics.items():
-                sums[key] = sums[key] + value if key in sums else value.clone()
-            rows = _predictions(loader, number, batch, output)
-            nll = None
-            if scorer.needs_nll:
-                nll = token_loss(output.logits, batch["labels"], act.model.config.loss.kind).sum(-1)
-                nll = nll[: len(rows["indices"])]  # padding comes last
+        for answers in _answers(act, loader, steps or act, scorer.needs_nll, sums):
+            rows, nll = answers.fetch()
             scorer.add(_scored(rows, nll))
             if config.save_predictions and output_dir is not None:
                 saved.append(rows)
@@ -125,25 +125,79 @@ def evaluate(
     return reports
 
 
-def _predictions(
-    loader: EvalLoader, number: int, batch: dict[str, Tensor], output: ACTOutput
-) -> dict[str, np.ndarray]:
-    """The rows of a batch that are no padding, on the host."""
-    indices = loader.batch_indices(number)
-    real = indices >= 0
-    tensors = {
-        "inputs": batch["inputs"],
-        "labels": batch["labels"],
-        "predictions": output.logits.argmax(-1).to(torch.int32),
-        "q_halt": output.q_halt.float(),
-    }
-    arrays = {k: v.cpu().numpy()[real] for k, v in tensors.items()}
-    augmentations = loader.batch_augmentations(number)[real]
-    return {"indices": indices[real], "augmentations": augmentations, **arrays}
+def _answers(
+    act: ACT, loader: EvalLoader, steps: Steps, needs_nll: bool, sums: dict[str, Tensor]
+) -> Iterator[_Answers]:
+    """The answers to each batch, once the device has been given the next one to think about.
+
+    Adds up the metrics in `sums`, on the device.
+    """
+    before = None
+    for number, batch in enumerate(loader):
+        carry, output = think(act, batch, steps)
+        present = (batch["labels"] != IGNORE_LABEL).any(-1)
+        _, metrics = act_loss(carry, output, act.model.config.loss, present)
+        for key, value in metrics.items():
+            sums[key] = sums[key] + value if key in sums else value.clone()
+        answers = _Answers(loader, number, act, batch, output, needs_nll)
+        if before is not None:
+            yield before
+        before = answers
+    if before is not None:
+        yield before
 
 
-def _scored(rows: dict[str, np.ndarray], nll: Tensor | None) -> ScoredRows:
-    """What a scorer takes of `_predictions`; `nll` (rows,) is of the same rows."""
+class _Answers:
+    """What the host needs of a batch's rows that are no padding; on its way there."""
+
+    def __init__(
+        self,
+        loader: EvalLoader,
+        number: int,
+        act: ACT,
+        batch: dict[str, Tensor],
+        output: ACTOutput,
+        needs_nll: bool,
+    ) -> None:
+        indices = loader.batch_indices(number)
+        self.real = indices >= 0
+        self.numbers = {
+            "indices": indices[self.real],
+            "augmentations": loader.batch_augmentations(number)[self.real],
+        }
+        tensors = {
+            "inputs": batch["inputs"],
+            "labels": batch["labels"],
+            "predictions": output.logits.argmax(-1).to(torch.int32),
+            "q_halt": output.q_halt.float(),
+        }
+        if needs_nll:
+            nll = token_loss(output.logits, batch["labels"], act.model.config.loss.kind).sum(-1)
+            tensors["nll"] = nll.double()
+        self.tensors = {k: _to_host(v) for k, v in tensors.items()}
+        self.arrived = None
+        if loader.device.type == "cuda":
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def fetch(self) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """The rows by name, and their nll (rows,) where it was asked for; waits for the device."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        arrays = {k: v.numpy()[self.real] for k, v in self.tensors.items()}
+        nll = arrays.pop("nll", None)
+        return {**self.numbers, **arrays}, nll
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy on the host; from a GPU into pinned memory, without waiting for it."""
+    if not x.is_cuda:
+        return x.cpu()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def _scored(rows: dict[str, np.ndarray], nll: np.ndarray | None) -> ScoredRows:
+    """What a scorer takes of `_Answers`."""
     return ScoredRows(
         examples=rows["indices"],
         augmentations=rows["augmentations"],
@@ -151,7 +205,7 @@ def _scored(rows: dict[str, np.ndarray], nll: Tensor | None) -> ScoredRows:
         labels=rows["labels"],
         predictions=rows["predictions"],
         confidence=1 / (1 + np.exp(-rows["q_halt"].astype(np.float64))),
-        nll=None if nll is None else nll.double().cpu().numpy(),
+        nll=nll,
     )
 
 

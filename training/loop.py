@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data import read_dataset
 from training import checkpoint
+from training.act_steps import ACTSteps
 from training.device import (
     choose_device,
     device_name,
@@ -83,6 +84,8 @@ class Trainer:
             describe(run.run_dir, config)
         self.datasets = {s: read_dataset(run.dataset_path, s) for s in ("train", "test")}
         self.state = TrainState(run, self.datasets["train"], device, ranks)
+        graphed = config.cuda_graph == "auto" and ranks.size == 1
+        self.eval_steps = ACTSteps(self.state.act, device, graphed=graphed)
         self.saver = Saver(run.run_dir, ranks, config.keep_checkpoints)
         prepare_execution(self.state, config)
         self._announce(device)
@@ -238,6 +241,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         run, config, state = self.run, self.run.config, self.state
+        began = time.perf_counter()
         with state.ema.applied() if state.ema is not None else nullcontext():
             self.reports = evaluate(
                 state.act,
@@ -248,9 +252,12 @@ class Trainer:
                 device=state.device,
                 output_dir=run.run_dir,
                 ranks=self.ranks,
+                steps=self.eval_steps,
             )
         self.evaluated_step = state.step
-        logger.info("evaluation at step %d\n%s", state.step, table(self.reports))
+        seconds = time.perf_counter() - began
+        logger.info("evaluation at step %d, in %.3g s\n%s", state.step, seconds,
+                    table(self.reports))  # fmt: skip
         values = {f"{s}/{k}": v for s, r in self.reports.items() for k, v in r.values().items()}
         if self.logger is not None:
             self.logger.log(state.step, {**values, "train_seconds": self.seconds})

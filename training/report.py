@@ -164,8 +164,9 @@ def _best(found: Resume) -> Resume:
 def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     """Build the model, load its weights, evaluate, write the report; returns it."""
     from data import read_dataset
-    from models import ACT, build_model
+    from models import ACT, build_model, kernels
     from models.pretrained import load_tensors
+    from training.act_steps import ACTSteps
     from training.device import (
         choose_device,
         configure_compiler,
@@ -186,9 +187,11 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     with memory_advice(job.trained):
         model = build_model(job.trained.arch, job.dims, seed=0, device=device)
         model.load_state_dict(load_tensors(found.path, config.weights)[3])
+        if config.kernels == "off":
+            kernels.switch_off()
         if wants_compile(config.compile, device):
             configure_compiler()
-            model.compile_levels()
+            model.compile_levels(job.batch_size if config.compile == "auto" else None)
         step = found.index["step"] if isinstance(found, Resume) else None
         logger.info("checkpoint %s: step %s, %s weights", found.path,
                     "unknown" if step is None else step, config.weights.upper())  # fmt: skip
@@ -196,12 +199,15 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
         options = {"batch_size": job.batch_size, "seed": config.seed, "device": device,
                    "output_dir": job.output_dir}  # fmt: skip
         dataset = read_dataset(job.dataset_path, "test")
+        act = ACT(model)
+        graphed = config.cuda_graph == "auto" and job.world.size == 1
+        options["steps"] = ACTSteps(act, device, graphed=graphed)
         if config.eval.thinks:
-            found_out = think_harder(ACT(model), dataset, config.eval, **options)
+            found_out = think_harder(act, dataset, config.eval, **options)
             text = _thinking_table(found_out)
         else:
             with joined(job.world) as ranks:
-                reports = evaluate(ACT(model), dataset, config.eval, ranks=ranks, **options)
+                reports = evaluate(act, dataset, config.eval, ranks=ranks, **options)
             found_out = {name: r.values() for name, r in reports.items()}
             text = table(reports)
     report = {

@@ -105,7 +105,7 @@ def _forward_backward(
 
     Gradients accumulate in the parameters.
     """
-    part = _slice(carry, rows)
+    part = carry.at(rows)
     puzzle_rows = state.model.puzzle_rows(part.batch["puzzle_ids"])
     if puzzle_rows is not None:
         puzzle_rows = puzzle_rows.detach().requires_grad_()
@@ -157,15 +157,6 @@ def _update_weights(state: TrainState, scale: Tensor | None, bad: Tensor) -> Non
     state.clear_gradients()
     if state.ema is not None:
         state.ema.update(found_inf)
-
-
-def _slice(carry: Carry, rows: slice) -> Carry:
-    return Carry(
-        {k: v[rows] for k, v in carry.state.items()},
-        carry.steps[rows],
-        carry.halted[rows],
-        {k: v[rows] for k, v in carry.batch.items()},
-    )
 
 
 def _join(parts: list[Carry]) -> Carry:

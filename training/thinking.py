@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data import EvalLoader, PuzzleDataset, build_augmentation
 from models import ACT, IGNORE_LABEL, Carry
+from training.act_steps import Steps
 from training.config import ThinkConfig
 from training.errors import ConfigError
 
@@ -97,6 +98,22 @@ def _last(q: np.ndarray) -> np.ndarray:
     return np.where(known.any(2), values, -np.inf)
 
 
+def _each(rows: Tensor) -> Tensor:
+    """A mask of rows (B,), for states (B, L, D)."""
+    return rows[:, None, None]
+
+
+def _fewer(busy: np.ndarray) -> np.ndarray | None:
+    """Which rows to go on with where at most half of them are busy: those, in a half, quarter …
+
+    Idle rows cost as much as others; few different batch sizes are few CUDA graphs.
+    """
+    size = len(busy)
+    while size > 1 and busy.sum() <= size // 2:
+        size //= 2
+    return None if size == len(busy) else np.argsort(~busy, kind="stable")[:size]
+
+
 def depths_up_to(depth: int) -> tuple[int, ...]:
     """Depths at which the accuracy is noted: powers of two, and `depth` itself."""
     return tuple(sorted({*(2**k for k in range(depth.bit_length()) if 2**k <= depth), depth}))
@@ -112,8 +129,9 @@ class Thinker:
         loader: EvalLoader,
         config: ThinkConfig,
         seed: int,
+        steps: Steps | None = None,
     ) -> None:
-        self.act, self.config = act, config
+        self.act, self.config, self.steps = act, config, steps or act
         self.depth = config.depth or act.model.config.halt_max_steps
         batches = list(loader)
         self.device = loader.device
@@ -164,16 +182,20 @@ class Thinker:
             busy = puzzle >= 0
             if not busy.any():
                 break
-            carry = self._begin(carry, puzzle, trajectory, free)
-            carry, output = self.act(carry)
+            if carry is None or busy[free].any():
+                carry = self._begin(carry, puzzle, trajectory, free)
+            elif (kept := _fewer(busy)) is not None:
+                puzzle, trajectory, busy = puzzle[kept], trajectory[kept], busy[kept]
+                rows = torch.from_numpy(kept).to(self.device)
+                carry, answers, stable = carry.at(rows), answers[rows], stable[rows]
+            carry, output = self.steps(carry)
             now = self._undo(output.logits.argmax(-1), puzzle, trajectory)
             stable = torch.where((now == answers).all(-1), stable + 1, 0)
             answers = now
             labels = self.puzzles["labels"][torch.from_numpy(np.maximum(puzzle, 0)).to(self.device)]
             right = ((labels == IGNORE_LABEL) | (labels == answers)).all(-1)
-            steps, q, right_host, stable_host = (
-                t.float().cpu().numpy() for t in (carry.steps, output.q_halt, right, stable)
-            )
+            told = torch.stack([t.float() for t in (carry.steps, output.q_halt, right, stable)])
+            steps, q, right_host, stable_host = told.cpu().numpy()  # the step's one wait
             ended = steps >= self.depth
             if self.config.early_halt:
                 ended |= q > 0
@@ -191,7 +213,7 @@ class Thinker:
                     content[puzzle[over[q[over] > 0]]] = True
                 puzzle[over] = -1
                 progress.update(len(over))
-            self._noise(carry, trajectory)
+            carry = self._noisy(carry, trajectory)
         progress.close()
         return found
 
@@ -207,24 +229,25 @@ class Thinker:
             batch["inputs"] = self.augment(inputs, inputs, ids, turns)[0]
         if carry is None:
             carry = self.act.initial_carry(batch)
-        carry.halted = torch.zeros_like(carry.halted)
-        carry.halted[torch.from_numpy(free).to(self.device)] = True
-        fresh = carry.halted
-        carry = self.act.refill(carry, batch)
-        if self.config.random_init:
-            fresh = fresh & torch.from_numpy(trajectory > 0).to(self.device)
-            for name, state in carry.state.items():
-                drawn = self._normal(state)
-                carry.state[name] = torch.where(fresh[:, None, None], drawn, state)
-        return carry
+        fresh = torch.zeros_like(carry.halted)
+        fresh[torch.from_numpy(free).to(self.device)] = True
+        carry = self.act.refill(replace(carry, halted=fresh), batch)
+        if not self.config.random_init:
+            return carry
+        fresh = fresh & torch.from_numpy(trajectory > 0).to(self.device)
+        state = {k: torch.where(_each(fresh), self._normal(v), v) for k, v in carry.state.items()}
+        return replace(carry, state=state)
 
-    def _noise(self, carry: Carry, trajectory: np.ndarray) -> None:
+    def _noisy(self, carry: Carry, trajectory: np.ndarray) -> Carry:
+        """The carry with noise on the states of all trajectories but the first."""
         if not self.config.noise:
-            return
-        some = torch.from_numpy(trajectory > 0).to(self.device)[:, None, None]
-        for name, state in carry.state.items():
-            noisy = state + self.config.noise * self._normal(state)
-            carry.state[name] = torch.where(some, noisy, state)
+            return carry
+        some = _each(torch.from_numpy(trajectory > 0).to(self.device))
+        state = {
+            k: torch.where(some, v + self.config.noise * self._normal(v), v)
+            for k, v in carry.state.items()
+        }
+        return replace(carry, state=state)
 
     def _normal(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.random, dtype=like.dtype, device=self.device)
@@ -248,8 +271,11 @@ def think_harder(
     seed: int,
     device: torch.device,
     output_dir: Path,
+    steps: Steps | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluate every set with test-time compute; writes thinking-SET.csv, an accuracy curve.
+
+    `steps` takes the ACT steps in place of `act` itself.
 
     Returns by set: count, exact_accuracy, plain_exact_accuracy (trajectory 0 at the depth of
     training or the one asked for, whichever is less), ACT_steps (of a puzzle, all trajectories),
@@ -264,7 +290,7 @@ def think_harder(
             max_examples=config.max_examples, seed=seed,
         )  # fmt: skip
         began = time.perf_counter()
-        found = Thinker(act, dataset, loader, config, seed).run(name)
+        found = Thinker(act, dataset, loader, config, seed, steps).run(name)
         seconds = time.perf_counter() - began
         trained = min(act.model.config.halt_max_steps, found.depths[-1])
         plain = max(k for k, depth in enumerate(found.depths) if depth <= trained)

@@ -153,24 +153,31 @@ _WEIGHTS = {"BA": 128, "BD": 64, "num_warps": 8, "num_stages": 4}
 _SPLITS = 33  # shares of the puzzles; with 4 and 8 row tiles, one and two waves of 132 programs
 
 
-def pad_weights(
-    gate_up: Tensor, down: Tensor, dtype: torch.dtype, hopper: bool = False
-) -> tuple[Tensor, Tensor]:
-    """gate_up (2 J, L) and down (L, J) as the kernels take them, in `dtype`.
+def cast_weights(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """gate_up (2 J, L) and down (L, J) as the kernels take them for x (B, L, D), in its dtype.
 
-    (2 J, P) and (J, P); on Hopper (2 J, L up to a multiple of 8) and (L, J).
+    (2 J, P), and (J, P) twice; on Hopper (2 J, P'), (L, J), and for the backward (J, P') with P'
+    the next multiple of 8. Without gradient the third is the second.
     """
-    if hopper:
-        return hopper_mixer.pad(gate_up.to(dtype)), down.to(dtype)
+    gate_up, down = gate_up.detach().to(x.dtype), down.detach().to(x.dtype)
+    if on_hopper_kernel(x, down.shape[1]):
+        turned = hopper_mixer.pad(down.t()).contiguous() if torch.is_grad_enabled() else down
+        return hopper_mixer.pad(gate_up), down, turned
     excess = next_power(gate_up.shape[1]) - gate_up.shape[1]
-    return F.pad(gate_up.to(dtype), (0, excess)), F.pad(down.t().to(dtype), (0, excess))
+    turned = F.pad(down.t(), (0, excess))
+    return F.pad(gate_up, (0, excess)), turned, turned
+
+
+def on_hopper_kernel(x: Tensor, inner: int) -> bool:
+    """Whether x (B, L, D) goes through the kernels of `models.kernels.hopper`."""
+    return USE_HOPPER and hopper_mixer.takes(x, inner) and on_hopper(x.device.index)
 
 
 @custom_op("loopwright::token_mixer", mutates_args=())
 def _mix(
     x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, hopper: bool
 ) -> tuple[Tensor, Tensor]:
-    """out (B, L, D) and, if `save`, inv (B, D) for the backward; weights from `pad_weights`."""
+    """out (B, L, D) and, if `save`, inv (B, D) for the backward; weights from `cast_weights`."""
     if hopper:
         return hopper_mixer.forward(x, gate_up, down, eps, save)
     batch, length, width = x.shape
@@ -199,19 +206,17 @@ def _mix_backward(
     inv: Tensor,
     dout: Tensor,
     gate_up: Tensor,
-    down: Tensor,
+    down_t: Tensor,
     hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (B, L, D), and in float32 d gate_up (2 J, L), d down (L, J)."""
     if hopper:
-        length, inner = down.shape
-        down_t = hopper_mixer.pad(down.t()).contiguous()
-        keep = not hopper_mixer.sums_weights(length, inner)
+        keep = not hopper_mixer.sums_weights(x.shape[1], down_t.shape[0])
         dx, dy, dgu, h = hopper_mixer.backward(x, out, inv, dout, gate_up, down_t, keep)
         if not keep:
             return dx, *hopper_mixer.weight_gradients(x, dy, gate_up, down_t)
     else:
-        dx, dy, dgu, h = _inner_gradients(x, out, inv, dout, gate_up, down)
+        dx, dy, dgu, h = _inner_gradients(x, out, inv, dout, gate_up, down_t)
     dgate_up, ddown = _weight_gradient(dgu, x), _weight_gradient(h, dy)
     return dx, dgate_up.contiguous(), ddown.t().contiguous()
 
@@ -252,7 +257,7 @@ def _(
     inv: Tensor,
     dout: Tensor,
     gate_up: Tensor,
-    down: Tensor,
+    down_t: Tensor,
     hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     length, inner = x.shape[1], gate_up.shape[0] // 2
@@ -262,23 +267,24 @@ def _(
 
 class _TokenMixer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up, down, eps, hopper):
-        x = x.contiguous()
-        padded = pad_weights(gate_up, down, x.dtype, hopper)
-        out, inv = _mix(x, *padded, eps, True, hopper)
-        ctx.save_for_backward(x, out, inv, *padded)
+    def forward(ctx, x, gate_up, down, gate_up_half, down_half, down_t, eps, hopper):
+        out, inv = _mix(x, gate_up_half, down_half, eps, True, hopper)
+        ctx.save_for_backward(x, out, inv, gate_up_half, down_t)
         ctx.kinds = gate_up.dtype, down.dtype
         ctx.hopper = hopper
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        x, out, inv, *padded = ctx.saved_tensors
-        dx, dgate_up, ddown = _mix_backward(x, out, inv, dout.contiguous(), *padded, ctx.hopper)
-        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), None, None
+        x, out, inv, *halves = ctx.saved_tensors
+        dx, dgate_up, ddown = _mix_backward(x, out, inv, dout.contiguous(), *halves, ctx.hopper)
+        none = (None,) * 5
+        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), *none
 
 
-def token_mixer(x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
+def token_mixer(
+    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, halves: tuple[Tensor, ...] | None = None
+) -> Tensor:
     """norm(x + down(silu(gate x) ⊙ (up x))) along the tokens of each feature.
 
     Args:
@@ -286,13 +292,14 @@ def token_mixer(x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
         gate_up: (2 J, L), the gate's rows first; J a multiple of 64.
         down: (L, J).
         eps: of the RMSNorm.
+        halves: `cast_weights` of the two, where they are at hand.
 
     Returns:
         (B, L, D) in the dtype of x. Products are accumulated in float32; rounded to the dtype of x
         are the weights, h and the result (the plain path also rounds gate, up and the sum).
     """
-    hopper = USE_HOPPER and hopper_mixer.takes(x, down.shape[1]) and on_hopper(x.device.index)
+    x, hopper = x.contiguous(), on_hopper_kernel(x, down.shape[1])
+    halves = halves or cast_weights(x, gate_up, down)
     if torch.is_grad_enabled():
-        return _TokenMixer.apply(x, gate_up, down, eps, hopper)
-    padded = pad_weights(gate_up, down, x.dtype, hopper)
-    return _mix(x.contiguous(), *padded, eps, False, hopper)[0]
+        return _TokenMixer.apply(x, gate_up, down, *halves, eps, hopper)
+    return _mix(x, *halves[:2], eps, False, hopper)[0]

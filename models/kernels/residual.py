@@ -15,6 +15,7 @@ from torch.library import custom_op
 
 from models.kernels import hopper
 from models.kernels.launch import next_power, on_hopper
+from models.kernels.swiglu import cast_weights
 
 
 @triton.jit
@@ -79,20 +80,21 @@ def _(
 
 class _LinearNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, r, eps):
-        cast = weight.to(x.dtype)
-        out, factors = _linear_norm(x, cast, r, eps, True)
-        ctx.save_for_backward(x, cast, out, factors)
+    def forward(ctx, x, weight, half, r, eps):
+        out, factors = _linear_norm(x, half, r, eps, True)
+        ctx.save_for_backward(x, half, out, factors)
         ctx.kind = weight.dtype
         return out
 
     @staticmethod
     def backward(ctx, dout):
         dv, dx, dweight = _linear_norm_backward(*ctx.saved_tensors, dout.contiguous())
-        return dx, dweight.to(ctx.kind), dv, None
+        return dx, dweight.to(ctx.kind), None, dv, None
 
 
-def linear_norm(x: Tensor, weight: Tensor, r: Tensor, eps: float) -> Tensor | None:
+def linear_norm(
+    x: Tensor, weight: Tensor, r: Tensor, eps: float, half: Tensor | None = None
+) -> Tensor | None:
     """rms_norm(r + F.linear(x, weight)), or None where no kernel takes these.
 
     Args:
@@ -100,6 +102,7 @@ def linear_norm(x: Tensor, weight: Tensor, r: Tensor, eps: float) -> Tensor | No
         weight: (N, K).
         r: (..., N), the residual.
         eps: of the RMSNorm.
+        half: the weight in the dtype of x, where that is at hand.
 
     Returns:
         (..., N) in the dtype of r. The sum is float32 and not rounded before the norm.
@@ -107,9 +110,10 @@ def linear_norm(x: Tensor, weight: Tensor, r: Tensor, eps: float) -> Tensor | No
     if not takes(x, *weight.shape):
         return None
     x, r = x.contiguous(), r.contiguous()
+    half = weight.detach().to(x.dtype) if half is None else half
     if torch.is_grad_enabled():
-        return _LinearNorm.apply(x, weight, r, eps)
-    return _linear_norm(x, weight.to(x.dtype), r, eps, False)[0]
+        return _LinearNorm.apply(x, weight, half, r, eps)
+    return _linear_norm(x, half, r, eps, False)[0]
 
 
 @custom_op("loopwright::swiglu_norm", mutates_args=())
@@ -136,11 +140,11 @@ def _(
 @custom_op("loopwright::swiglu_norm_backward", mutates_args=())
 def _swiglu_norm_backward(
     x: Tensor, wide: Tensor, out: Tensor, factors: Tensor, dout: Tensor,
-    gate_up: Tensor, down: Tensor,
+    gate_up: Tensor, down_t: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx (..., K), and in float32 d gate_up (2 J, K), d down (K, J)."""
     dv = norm_backward(out, factors, dout)
-    dwide, h = hopper.linear_dswiglu(dv, down.t().contiguous(), wide)
+    dwide, h = hopper.linear_dswiglu(dv, down_t, wide)
     rows = (t.view(-1, t.shape[-1]) for t in (dwide, x, dv, h))
     dwide_MJ, x_MK, dv_MK, h_MJ = rows
     dx = torch.addmm(dv_MK, dwide_MJ, gate_up)  # through the residual, and through the branch
@@ -151,21 +155,20 @@ def _swiglu_norm_backward(
 @_swiglu_norm_backward.register_fake
 def _(
     x: Tensor, wide: Tensor, out: Tensor, factors: Tensor, dout: Tensor,
-    gate_up: Tensor, down: Tensor,
+    gate_up: Tensor, down_t: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         torch.empty_like(x),
         gate_up.new_empty(gate_up.shape, dtype=torch.float32),
-        down.new_empty(down.shape, dtype=torch.float32),
+        down_t.new_empty((down_t.shape[1], down_t.shape[0]), dtype=torch.float32),
     )
 
 
 class _SwiGLUNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up, down, eps):
-        weights = gate_up.to(x.dtype), down.to(x.dtype)
-        out, wide, factors = _swiglu_norm(x, *weights, eps, True)
-        ctx.save_for_backward(x, wide, out, factors, *weights)
+    def forward(ctx, x, gate_up, down, gate_up_half, down_half, down_t, eps):
+        out, wide, factors = _swiglu_norm(x, gate_up_half, down_half, eps, True)
+        ctx.save_for_backward(x, wide, out, factors, gate_up_half, down_t)
         ctx.kinds = gate_up.dtype, down.dtype
         return out
 
@@ -174,10 +177,12 @@ class _SwiGLUNorm(torch.autograd.Function):
         x, wide, out, factors, *weights = ctx.saved_tensors
         saved = x, wide, out, factors, dout.contiguous()
         dx, dgate_up, ddown = _swiglu_norm_backward(*saved, *weights)
-        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), None
+        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), None, None, None, None
 
 
-def swiglu_norm(x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor | None:
+def swiglu_norm(
+    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, halves: tuple[Tensor, ...] | None = None
+) -> Tensor | None:
     """rms_norm(x + W_down(silu(W_gate x) ⊙ W_up x)), or None where no kernel takes these.
 
     Args:
@@ -185,17 +190,19 @@ def swiglu_norm(x: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor 
         gate_up: (2 J, K), the gate's rows first.
         down: (K, J).
         eps: of the RMSNorm.
+        halves: `cast_weights` of the two, where they are at hand.
 
     Returns:
         (..., K) in the dtype of x; rounded on the way are the weights, h, and gate and up for the
         backward.
     """
-    if not (takes(x, *down.shape) and gate_up.shape[0] % 256 == 0):
+    if not takes_swiglu(x, gate_up, down):
         return None
     x = x.contiguous()
+    halves = halves or cast_weights(gate_up, down, x.dtype)
     if torch.is_grad_enabled():
-        return _SwiGLUNorm.apply(x, gate_up, down, eps)
-    return _swiglu_norm(x, gate_up.to(x.dtype), down.to(x.dtype), eps, False)[0]
+        return _SwiGLUNorm.apply(x, gate_up, down, *halves, eps)
+    return _swiglu_norm(x, *halves[:2], eps, False)[0]
 
 
 def takes(x: Tensor, rows: int, columns: int) -> bool:
@@ -204,3 +211,8 @@ def takes(x: Tensor, rows: int, columns: int) -> bool:
         return False
     small = x.numel() < x.shape[-1] * 2**26
     return rows in hopper.NORM_WIDTHS and small and on_hopper(x.device.index)
+
+
+def takes_swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether `swiglu_norm` takes these."""
+    return takes(x, *down.shape) and gate_up.shape[0] % 256 == 0

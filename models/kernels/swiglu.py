@@ -114,10 +114,10 @@ def _(x: Tensor, gate_up: Tensor, down: Tensor, save: bool) -> tuple[Tensor, Ten
 
 @custom_op("loopwright::swiglu_mlp_backward", mutates_args=())
 def _mlp_backward(
-    x: Tensor, wide: Tensor, dy: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor, wide: Tensor, dy: Tensor, gate_up: Tensor, down_t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (..., K), and in float32 d gate_up (2 J, K), d down (K, J)."""
-    dwide, h = hopper.linear_dswiglu(dy, down.t().contiguous(), wide)
+    dwide, h = hopper.linear_dswiglu(dy, down_t, wide)
     rows = (t.view(-1, t.shape[-1]) for t in (dwide, x, dy, h))
     dwide_MJ, x_MK, dy_MK, h_MJ = rows
     dx = dwide_MJ @ gate_up
@@ -127,21 +127,20 @@ def _mlp_backward(
 
 @_mlp_backward.register_fake
 def _(
-    x: Tensor, wide: Tensor, dy: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor, wide: Tensor, dy: Tensor, gate_up: Tensor, down_t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(x),
         gate_up.new_empty(gate_up.shape, dtype=torch.float32),
-        down.new_empty(down.shape, dtype=torch.float32),
+        down_t.new_empty((down_t.shape[1], down_t.shape[0]), dtype=torch.float32),
     )
 
 
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up, down):
-        weights = gate_up.to(x.dtype), down.to(x.dtype)
-        y, wide = _mlp(x, *weights, True)
-        ctx.save_for_backward(x, wide, *weights)
+    def forward(ctx, x, gate_up, down, gate_up_half, down_half, down_t):
+        y, wide = _mlp(x, gate_up_half, down_half, True)
+        ctx.save_for_backward(x, wide, gate_up_half, down_t)
         ctx.kinds = gate_up.dtype, down.dtype
         return y
 
@@ -149,16 +148,30 @@ class _MLP(torch.autograd.Function):
     def backward(ctx, dy):
         x, wide, *weights = ctx.saved_tensors
         dx, dgate_up, ddown = _mlp_backward(x, wide, dy.contiguous(), *weights)
-        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1])
+        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), None, None, None
 
 
-def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor | None:
+def cast_weights(
+    gate_up: Tensor, down: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """gate_up (2 J, K) and down (K, J) in `dtype`, and for the backward down's transpose (J, K).
+
+    Without gradient the third is the second.
+    """
+    gate_up, down = gate_up.detach().to(dtype), down.detach().to(dtype)
+    return gate_up, down, down.t().contiguous() if torch.is_grad_enabled() else down
+
+
+def swiglu_mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, halves: tuple[Tensor, ...] | None = None
+) -> Tensor | None:
     """W_down(silu(W_gate x) ⊙ W_up x), or None where no kernel takes these.
 
     Args:
         x: (..., K).
         gate_up: (2 J, K), the gate's rows first.
         down: (K, J).
+        halves: `cast_weights` of the two, where they are at hand.
 
     Returns:
         (..., K) in the dtype of x. Sums are float32; rounded to the dtype of x are the weights,
@@ -167,12 +180,14 @@ def swiglu_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor | None:
     graded = torch.is_grad_enabled()
     if hopper_takes(x, gate_up, down):
         x = x.contiguous()
+        halves = halves or cast_weights(gate_up, down, x.dtype)
         if graded:
-            return _MLP.apply(x, gate_up, down)
-        return _mlp(x, gate_up.to(x.dtype), down.to(x.dtype), False)[0]
+            return _MLP.apply(x, gate_up, down, *halves)
+        return _mlp(x, *halves[:2], False)[0]
     if graded or x.shape[-1] % 8:
         return None
-    return F.linear(linear_swiglu(x.contiguous(), gate_up.to(x.dtype)), down.to(x.dtype))
+    gate_up, down, _ = halves or cast_weights(gate_up, down, x.dtype)
+    return F.linear(linear_swiglu(x.contiguous(), gate_up), down)
 
 
 def hopper_takes(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:

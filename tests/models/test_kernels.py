@@ -65,7 +65,7 @@ def plain_mixer(x, gate_up, down, eps=1e-5):
     "batch, length, width", [(1, 3, 8), (2, 11, 40), (3, 17, 136), (2, 97, 64)]
 )
 def test_token_mixer(batch, length, width, dtype):
-    from models.kernels.mixer import token_mixer
+    from models.kernels.mixer import cast_weights, token_mixer
 
     torch.manual_seed(0)
     x = draw(batch, length, width, dtype=dtype)
@@ -76,7 +76,10 @@ def test_token_mixer(batch, length, width, dtype):
     both(lambda *t: token_mixer(*t, 1e-5), plain_mixer, (x, *weights), dtype)
     with torch.no_grad():
         strided = x.transpose(0, 1).contiguous().transpose(0, 1)
-        assert torch.equal(token_mixer(x, *weights, 1e-5), token_mixer(strided, *weights, 1e-5))
+        out = token_mixer(x, *weights, 1e-5)
+        assert torch.equal(out, token_mixer(strided, *weights, 1e-5))
+        wide = tuple(w.float() for w in weights)  # as the parameters are, cast beforehand
+        assert torch.equal(out, token_mixer(x, *wide, 1e-5, cast_weights(x, *wide)))
 
 
 def plain_attention(qkv, heads, cos, sin, causal):
