@@ -32,6 +32,7 @@ _LAZY = {
     "Solver": "models.pretrained",
     "act_loss": "models.loss",
     "build_model": "models.build",
+    "choose": "models.act",
     "counter_uniform": "models.random",
     "load_pretrained": "models.pretrained",
 }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.kernels import usable
 from models.reasoning import ReasoningModel, State
 
 IGNORE_LABEL = -100
@@ -49,6 +50,15 @@ def _rows(mask_B: Tensor, like: Tensor) -> Tensor:
     return mask_B.view(-1, *([1] * (like.ndim - 1)))
 
 
+def choose(mask: Tensor, then: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
+    """`then` where `mask` (B,), or the scalar (), is true, else `other` (B, L, D); into `out`."""
+    if other.is_contiguous() and usable("rows", other):
+        from models.kernels.rows import select_rows
+
+        return select_rows(mask, then, other, out)
+    return torch.where(_rows(mask, other) if mask.ndim else mask, then, other, out=out)
+
+
 class ACT(nn.Module):
     """Halting around a `ReasoningModel` (HRM paper, section 2.3; TRM drops q_continue)."""
 
@@ -72,7 +82,7 @@ class ACT(nn.Module):
         halted = carry.halted
         fresh = self.model.init_state(halted.shape[0])
         return Carry(
-            state={k: torch.where(_rows(halted, v), fresh[k], v) for k, v in carry.state.items()},
+            state={k: choose(halted, fresh[k], v) for k, v in carry.state.items()},
             steps=torch.where(halted, 0, carry.steps),
             halted=torch.zeros_like(halted),
             batch={k: torch.where(_rows(halted, v), batch[k], v) for k, v in carry.batch.items()},

@@ -15,6 +15,8 @@ from models.layers import Linear, RotaryTable
 class Attention(nn.Module):
     """softmax(q kᵀ / sqrt(head_dim)) v over all tokens (or the earlier ones, if causal)."""
 
+    qkv_t: Tensor | None = None  # qkv's weight as a fused backward takes it, like `Linear.half`
+
     def __init__(self, config: ReasoningConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.num_heads = config.num_heads
@@ -27,7 +29,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        return self.out(self.mix(x_BLD, rope))
+        return self.out(self.mix(x_BLD, rope)[0])
 
     def fused(self, x_BLD: Tensor) -> bool:
         """Whether a fused kernel follows the first map on activations like x_BLD."""
@@ -42,22 +44,45 @@ class Attention(nn.Module):
         qkv = qkv.expand(*x_BLD.shape[:2], 3 * x_BLD.shape[2])
         return not self.causal and long.supported(qkv, self.num_heads)
 
-    def mix(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
-        """What the heads have gathered, side by side, before the last map: (B, L, D)."""
-        qkv = self.qkv(x_BLD)
+    def prepare(self, x_BLD: Tensor) -> None:
+        """Lay the weights out as kernels take them, for all uses on activations like x_BLD."""
+        if self.qkv.half is not None and usable("residual", x_BLD):
+            from models.kernels.residual import takes
+
+            if takes(x_BLD, *reversed(self.qkv.half.shape)):
+                self.qkv_t = self.qkv.half.t().contiguous()
+
+    def release(self) -> None:
+        """Forget what `prepare` laid out."""
+        self.qkv_t = None
+
+    def _to_qkv(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """The first map (B, L, 3 D), and x_BLD for whatever else it is used for."""
+        if self.qkv_t is None or not torch.is_grad_enabled():
+            return self.qkv(x_BLD), x_BLD
+        from models.kernels.residual import linear_beside
+
+        return linear_beside(x_BLD, self.qkv.weight, self.qkv.half, self.qkv_t)
+
+    def mix(self, x_BLD: Tensor, rope: RotaryTable | None) -> tuple[Tensor, Tensor]:
+        """What the heads have gathered, side by side, before the last map; and x_BLD.
+
+        Both (B, L, D). With the second in its residual a block spares its backward pass a sum.
+        """
+        qkv, x_BLD = self._to_qkv(x_BLD)
         if self.fusible and usable("attention", qkv):
             from models.kernels.attention import short_attention, supported
 
             tables = (None, None) if rope is None else (rope.cos, rope.sin)
             if supported(x_BLD.shape[1], x_BLD.shape[2] // self.num_heads):
-                return short_attention(qkv, self.num_heads, *tables, self.causal)
+                return short_attention(qkv, self.num_heads, *tables, self.causal), x_BLD
             from models.kernels import long_attention as long
 
             if not self.causal and long.supported(qkv, self.num_heads):
-                return long.long_attention(qkv, self.num_heads, *tables)
+                return long.long_attention(qkv, self.num_heads, *tables), x_BLD
         qkv = rearrange(qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
         q, k, v = qkv.unbind(0)
         if rope is not None:
             q, k = rope(q), rope(k)
         mixed = attend(q, k, v, causal=self.causal, backend=self.backend)
-        return rearrange(mixed, "b l h d -> b l (h d)")
+        return rearrange(mixed, "b l h d -> b l (h d)"), x_BLD

@@ -78,6 +78,8 @@ class Block(nn.Module):
             from models.kernels.swiglu import cast_weights
 
             self.mlp.halves = cast_weights(self.mlp.gate_up.half, self.mlp.down.half, x_BLD.dtype)
+        if self.attention is not None:
+            self.attention.prepare(x_BLD)
         mlp = self.token_mlp
         if mlp is not None and mlp.gate_up.half is not None and self._fuses_mixer(x_BLD):
             from models.kernels.mixer import cast_weights
@@ -89,9 +91,11 @@ class Block(nn.Module):
         for mlp in (self.mlp, self.token_mlp):
             if mlp is not None:
                 mlp.halves = None
+        if self.attention is not None:
+            self.attention.release()
 
     def _attend(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
-        mixed, out = self.attention.mix(x_BLD, rope), self.attention.out
+        (mixed, x_BLD), out = self.attention.mix(x_BLD, rope), self.attention.out
         if usable("residual", x_BLD) and not out.fp8:
             from models.kernels.residual import linear_norm
 

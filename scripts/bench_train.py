@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name → swi
     "no fused attention": (("attention",), ()),
     "no fused SwiGLU": (("swiglu",), ()),
     "no fused residual": (("residual",), ()),
+    "no fused choice of rows": (("rows",), ()),
     "no kernels": (kernels.OPERATIONS, ()),
     "no CUDA graph": ((), ("cuda_graph=off",)),
     "no compilation": ((), ("compile=off",)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models import Carry, act_loss, counter_uniform
+from models import Carry, act_loss, choose, counter_uniform
 from optim import clip_scale, learning_rate
 from training.config import RunConfig
 from training.state import TrainState
@@ -175,7 +175,7 @@ def _keep(carry: Carry, bad: Tensor, before: Carry, after: Carry) -> None:
     """Write `after` into `carry`; where the step was bad, the latent states stay as they were
     before it, with every row halted."""
     for name, tensor in carry.state.items():
-        torch.where(bad, before.state[name], after.state[name], out=tensor)
+        choose(bad, before.state[name], after.state[name], out=tensor)
     for name, tensor in carry.batch.items():
         tensor.copy_(after.batch[name])
     carry.steps.copy_(after.steps)

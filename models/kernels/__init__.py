@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-OPERATIONS = ("attention", "mixer", "residual", "swiglu")
+OPERATIONS = ("attention", "mixer", "residual", "rows", "swiglu")
 _TRITON = find_spec("triton") is not None
 _off: set[str] = set()
 _forced = False

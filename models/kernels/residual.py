@@ -8,6 +8,7 @@ pass over memory. The backward goes from the gradient of out to that of v, which
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -116,6 +117,47 @@ def linear_norm(
     return _linear_norm(x, half, r, eps, False)[0]
 
 
+@custom_op("loopwright::linear_beside_backward", mutates_args=())
+def _linear_beside_backward(
+    x: Tensor, half_t: Tensor, dx: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx + dy W (..., K), and d weight (N, K) in float32."""
+    dy_MN, x_MK = (t.view(-1, t.shape[-1]) for t in (dy, x))
+    dweight = torch.mm(dy_MN.t(), x_MK, out_dtype=torch.float32)
+    return hopper.linear_residual(dy, half_t, dx), dweight
+
+
+@_linear_beside_backward.register_fake
+def _(x: Tensor, half_t: Tensor, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    columns, rows = half_t.shape
+    return torch.empty_like(x), half_t.new_empty((rows, columns), dtype=torch.float32)
+
+
+class _LinearBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, half, half_t):
+        ctx.save_for_backward(x, half_t)
+        ctx.kind = weight.dtype
+        return F.linear(x, half), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy, dx):
+        x, half_t = ctx.saved_tensors
+        dx, dweight = _linear_beside_backward(x, half_t, dx.contiguous(), dy.contiguous())
+        return dx, dweight.to(ctx.kind), None, None
+
+
+def linear_beside(x: Tensor, weight: Tensor, half: Tensor, half_t: Tensor) -> tuple[Tensor, Tensor]:
+    """F.linear(x, half), and x once more: the backward sums both gradients in one product.
+
+    Args:
+        x: (..., K), which `takes(x, K, N)` takes.
+        weight: (N, K), gets the gradient.
+        half, half_t: the weight in the dtype of x, and that transposed (K, N), contiguous.
+    """
+    return _LinearBeside.apply(x.contiguous(), weight, half, half_t)
+
+
 @custom_op("loopwright::swiglu_norm", mutates_args=())
 def _swiglu_norm(
     x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool
@@ -147,9 +189,10 @@ def _swiglu_norm_backward(
     dwide, h = hopper.linear_dswiglu(dv, down_t, wide)
     rows = (t.view(-1, t.shape[-1]) for t in (dwide, x, dv, h))
     dwide_MJ, x_MK, dv_MK, h_MJ = rows
-    dx = torch.addmm(dv_MK, dwide_MJ, gate_up)  # through the residual, and through the branch
     dgate_up = torch.mm(dwide_MJ.t(), x_MK, out_dtype=torch.float32)
-    return dx.view(x.shape), dgate_up, torch.mm(dv_MK.t(), h_MJ, out_dtype=torch.float32)
+    ddown = torch.mm(dv_MK.t(), h_MJ, out_dtype=torch.float32)
+    dx = dv_MK.addmm_(dwide_MJ, gate_up)  # through the residual, and through the branch
+    return dx.view(x.shape), dgate_up, ddown
 
 
 @_swiglu_norm_backward.register_fake

@@ -209,11 +209,49 @@ def test_linear_and_swiglu_with_residual_and_norm(shape, width):
     both(swiglu_mlp, plain_mlp, (r, gate_up, down), kind)
 
 
+@in_kernel
+def test_linear_beside_a_residual():
+    """One product gives the sum of both gradients of x."""
+    hopper_only()
+    from models.kernels.residual import linear_beside
+
+    torch.manual_seed(0)
+    kind = torch.bfloat16
+    x, w = draw(3, 97, 256, dtype=kind), draw(768, 256, dtype=kind, scale=1 / 16)
+    both(
+        lambda x, w: torch.cat(linear_beside(x, w, w.detach(), w.detach().t().contiguous()), -1),
+        lambda x, w: torch.cat((x @ w.mT, x), -1),
+        (x, w),
+        kind,
+    )
+
+
+@in_kernel
+@pytest.mark.parametrize("shape", [(5, 3, 7), (1, 1, 1), (3, 97, 128), (0, 4, 8), (4, 0, 8)])
+@pytest.mark.parametrize("kind", ["rows", "vector", "yes", "no"])
+def test_select_rows(shape, kind):
+    from models.kernels.rows import select_rows
+
+    torch.manual_seed(0)
+    then, other = draw(*shape, dtype=DTYPES[-1]), draw(*shape, dtype=DTYPES[-1])
+    mask = torch.rand(shape[0], device=DEVICE) < 0.5
+    if kind in ("yes", "no"):
+        mask = torch.tensor(kind == "yes", device=DEVICE)
+    if kind == "vector":
+        then = draw(shape[-1], dtype=DTYPES[-1]).expand(shape)
+    other[..., -1:] = torch.nan
+    expected = torch.where(mask.view(-1, 1, 1), then, other)
+    assert torch.equal(select_rows(mask, then, other).nan_to_num(7), expected.nan_to_num(7))
+    out = torch.empty_like(other)
+    assert select_rows(mask, then, other, out) is out
+    assert torch.equal(out.nan_to_num(7), expected.nan_to_num(7))
+
+
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")
 def test_in_the_interpreter():
     """On a machine without a GPU: the tests above, in a process with Triton's interpreter."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "not interpreter and not residual_and"]
+    command += ["-k", "not interpreter and not residual"]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
         cwd=Path(__file__).parents[2], timeout=900,
