@@ -30,12 +30,14 @@ class Block(nn.Module):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.attention = Attention(config, generator) if mixer == "attention" else None
-        self.token_mlp = SwiGLU(length, config.expansion, generator) if mixer == "mlp" else None
+        self.plain = config.glu_norm == "none"  # the fused kernels know no norm inside
         width, expansion = config.hidden_size, config.expansion
+        within = config.glu_norm, config.rms_norm_eps
+        self.token_mlp = SwiGLU(length, expansion, generator, *within) if mixer == "mlp" else None
         if conv_kernel:
-            self.mlp: nn.Module = ConvSwiGLU(width, expansion, conv_kernel, generator)
+            self.mlp: nn.Module = ConvSwiGLU(width, expansion, conv_kernel, generator, *within)
         else:
-            self.mlp = SwiGLU(width, expansion, generator)
+            self.mlp = SwiGLU(width, expansion, generator, *within)
 
     def forward(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
         """(B, L, D) → (B, L, D)."""
@@ -43,7 +45,7 @@ class Block(nn.Module):
             x_BLD = self._attend(x_BLD, rope)
         else:
             x_BLD = self._mix_tokens(x_BLD)
-        if usable("residual", x_BLD) and type(self.mlp) is SwiGLU and not self.mlp.gate_up.fp8:
+        if self._fuses_mlp(x_BLD):
             from models.kernels.residual import swiglu_norm
 
             gate_up, down = self.mlp.gate_up.weight, self.mlp.down.weight
@@ -54,7 +56,7 @@ class Block(nn.Module):
 
     def fused(self, x_BLD: Tensor) -> bool:
         """Whether fused kernels do all of it on activations like x_BLD: nothing is to compile."""
-        if not usable("residual", x_BLD) or type(self.mlp) is not SwiGLU or self.mlp.gate_up.fp8:
+        if not self._fuses_mlp(x_BLD):
             return False
         from models.kernels.residual import takes, takes_swiglu
 
@@ -65,8 +67,12 @@ class Block(nn.Module):
             mixes = not out.fp8 and takes(x_BLD, *out.weight.shape) and self.attention.fused(x_BLD)
         return mixes and takes_swiglu(x_BLD, self.mlp.gate_up.weight, self.mlp.down.weight)
 
+    def _fuses_mlp(self, x_BLD: Tensor) -> bool:
+        fusible = self.plain and type(self.mlp) is SwiGLU and not self.mlp.gate_up.fp8
+        return fusible and usable("residual", x_BLD)
+
     def _fuses_mixer(self, x_BLD: Tensor) -> bool:
-        if not usable("mixer", x_BLD):
+        if not self.plain or not usable("mixer", x_BLD):
             return False
         from models.kernels.mixer import MAX_TOKENS
 
@@ -74,7 +80,7 @@ class Block(nn.Module):
 
     def prepare(self, x_BLD: Tensor) -> None:
         """Lay the weights out as the kernels take them, for all uses on activations like x_BLD."""
-        if usable("swiglu", x_BLD) and self.mlp.gate_up.half is not None:
+        if self.plain and usable("swiglu", x_BLD) and self.mlp.gate_up.half is not None:
             from models.kernels.swiglu import cast_weights
 
             self.mlp.halves = cast_weights(self.mlp.gate_up.half, self.mlp.down.half, x_BLD.dtype)

@@ -36,6 +36,9 @@ class LossConfig(BaseModel):
     kind: Literal["stablemax", "softmax"] = Field(
         "stablemax", description="map from logits to probabilities"
     )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of the target that is spread over the whole vocabulary"
+    )
     token_weight: float = Field(1.0, ge=0, description="weight of the token loss")
     halt_weight: float = Field(0.5, ge=0, description="weight of the halting loss")
     continue_weight: float = Field(0.5, ge=0, description="weight of the q_continue loss")
@@ -73,6 +76,9 @@ class ReasoningConfig(BaseModel):
         "rope", description="position encoding"
     )
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    glu_norm: Literal["none", "product", "hidden"] = Field(
+        "none", description="RMSNorm in SwiGLU: of gate ⊙ up, or of what goes into the last map"
+    )
     rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square before the root")
     causal: bool = Field(False, description="attention sees earlier positions only")
     puzzle_emb_ndim: int = Field(

@@ -146,18 +146,38 @@ def gated_silu(gate_up: Tensor) -> Tensor:
     return _GatedSiLU.apply(gate_up)
 
 
+def normed_gate(gate_up: Tensor, norm: str, eps: float) -> Tensor:
+    """The gated hidden layer of [gate | up] (..., 2 I) with an RMSNorm inside: (..., I).
+
+    norm="product": sigmoid(gate) ⊙ RMSNorm(gate ⊙ up), from Dillon 2026, "Speed is Confidence",
+    arXiv:2601.19085, section 3.4; norm="hidden": RMSNorm(silu(gate) ⊙ up). Both bound what the last
+    map is given, so that an optimizer whose steps do not shrink with the gradient stays stable.
+    """
+    if norm == "hidden":
+        return rms_norm(gated_silu(gate_up), eps)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.sigmoid(gate) * rms_norm(gate * up, eps)
+
+
 class SwiGLU(nn.Module):
     """`W_down(silu(W_gate x) ⊙ W_up x)` (Shazeer 2020, arXiv:2002.05202).
 
-    The inner width is `expansion · 2/3 · features`, rounded up to a multiple of 256.
+    The inner width is `expansion · 2/3 · features`, rounded up to a multiple of 256. `norm` puts an
+    RMSNorm before the last map, see `normed_gate`; there are no fused kernels for that.
     """
 
     halves: tuple[Tensor, ...] | None = None  # as the kernels take them, like `Linear.half`
 
     def __init__(
-        self, features: int, expansion: float, generator: torch.Generator | None = None
+        self,
+        features: int,
+        expansion: float,
+        generator: torch.Generator | None = None,
+        norm: str = "none",
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        self.norm, self.eps = norm, eps
         inner = -(-round(expansion * features * 2 / 3) // 256) * 256
         inner = max(inner, 256)
         self.gate_up = Linear(features, 2 * inner, generator=generator)
@@ -166,7 +186,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., features) → (..., features)."""
         features = x.shape[-1]
-        if usable("swiglu", x) and not self.gate_up.fp8:
+        if self.norm == "none" and usable("swiglu", x) and not self.gate_up.fp8:
             from models.kernels.swiglu import swiglu_mlp
 
             fused = swiglu_mlp(x, self.gate_up.weight, self.down.weight, self.halves)
@@ -175,10 +195,16 @@ class SwiGLU(nn.Module):
         excess = -features % 8 if x.is_cuda else 0
         if excess:  # rows of 16 bytes: unaligned products run at a third of the speed
             gate_up = F.pad(self.gate_up.weight.to(x.dtype), (0, excess))
-            h = gated_silu(F.linear(F.pad(x, (0, excess)), gate_up))
+            h = self.gated(F.linear(F.pad(x, (0, excess)), gate_up))
             down = F.pad(self.down.weight.to(x.dtype), (0, 0, 0, excess))
             return F.linear(h, down)[..., :features]
-        return self.down(gated_silu(self.gate_up(x)))
+        return self.down(self.gated(self.gate_up(x)))
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """[gate | up] (..., 2 I) → what the last map is given (..., I)."""
+        if self.norm == "none":
+            return gated_silu(gate_up)
+        return normed_gate(gate_up, self.norm, self.eps)
 
 
 class DepthwiseConv(nn.Module):
@@ -220,13 +246,15 @@ class ConvSwiGLU(SwiGLU):
         expansion: float,
         kernel: int,
         generator: torch.Generator | None = None,
+        norm: str = "none",
+        eps: float = 1e-5,
     ) -> None:
-        super().__init__(features, expansion, generator)
+        super().__init__(features, expansion, generator, norm, eps)
         self.conv = DepthwiseConv(self.down.weight.shape[1], kernel, generator)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) → (B, L, D)."""
-        return self.down(F.silu(self.conv(gated_silu(self.gate_up(x_BLD)))))
+        return self.down(F.silu(self.conv(self.gated(self.gate_up(x_BLD)))))
 
 
 class RotaryTable(nn.Module):

@@ -21,13 +21,21 @@ def log_stablemax(logits: Tensor) -> Tensor:
     return F.log_softmax(torch.where(logits < 0, -torch.log1p(-below), torch.log1p(above)), -1)
 
 
-def token_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """Cross-entropy per token (B, L), 0 where the label is ignored; float32 at least."""
+def token_loss(logits: Tensor, labels: Tensor, kind: str, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy per token (B, L), 0 where the label is ignored; float32 at least.
+
+    With `smoothing` s the target is 1 - s at the label and s spread evenly over the vocabulary
+    (Szegedy et al. 2016, arXiv:1512.00567).
+    """
     wide = logits.to(norm_dtype(logits.dtype))
     log_p = log_stablemax(wide) if kind == "stablemax" else F.log_softmax(wide, dim=-1)
     # a sum with one term, not a gather, whose gradient would be a scatter
     kinds = torch.arange(log_p.shape[-1], device=labels.device, dtype=labels.dtype)
-    return -torch.where(labels.unsqueeze(-1) == kinds, log_p, 0).sum(-1)
+    loss = -torch.where(labels.unsqueeze(-1) == kinds, log_p, 0).sum(-1)
+    if not smoothing:
+        return loss
+    even = torch.where(labels == IGNORE_LABEL, 0, log_p.mean(-1))
+    return (1 - smoothing) * loss - smoothing * even
 
 
 def act_loss(
@@ -62,7 +70,8 @@ def act_loss(
         loss = loss if present is None else torch.where(present, loss, 0)
         return loss.sum(dtype=norm_dtype(output.logits.dtype))  # halting logits are float32
 
-    lm_loss = (token_loss(output.logits, labels, config.kind) / divisor.unsqueeze(-1)).sum()
+    per_token = token_loss(output.logits, labels, config.kind, config.label_smoothing)
+    lm_loss = (per_token / divisor.unsqueeze(-1)).sum()
     q_halt_loss = halting_loss(output.q_halt, exact)
     loss = config.token_weight * lm_loss + config.halt_weight * q_halt_loss
     metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}

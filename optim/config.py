@@ -108,6 +108,9 @@ class MuonConfig(OptimizerConfig):
         "adam_atan2", description="rule of embeddings, heads, biases and gains"
     )
     adam_lr_scale: float = Field(1.0, ge=0.0, description="learning rate of that rule over lr")
+    adam_weight_decay: float | None = Field(
+        None, ge=0.0, description="decay of that rule, of its own rate; null: weight_decay"
+    )
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.95), description="decay rates of that rule's moments, in [0, 1)"
     )

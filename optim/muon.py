@@ -44,6 +44,7 @@ class Muon(AdamLike):
             holds them.
         adam: rule of the rest, "adam_atan2" or "adamw".
         adam_lr_scale: its learning rate over `lr`.
+        adam_weight_decay: its decay, which its own learning rate multiplies; None: `weight_decay`.
         betas: its decay rates.
         eps: of "adamw".
         fused: of the rest, see DeviceOptimizer.
@@ -63,6 +64,7 @@ class Muon(AdamLike):
         split_fused: bool = True,
         adam: Literal["adam_atan2", "adamw"] = "adam_atan2",
         adam_lr_scale: float = 1.0,
+        adam_weight_decay: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         fused: Fused | None = None,
@@ -79,6 +81,7 @@ class Muon(AdamLike):
             "split_fused": split_fused,
             "adam": adam,
             "adam_lr_scale": adam_lr_scale,
+            "adam_weight_decay": adam_weight_decay,
             "betas": tuple(betas),
             "eps": eps,
             "half": half,
@@ -110,6 +113,9 @@ class Muon(AdamLike):
             for kind, some in (groups or {"adam": items}).items():
                 own = pieces if kind == "muon" else None
                 group = {**param_group, "params": some, "kind": kind, "pieces": own}
+                decay = {**self.defaults, **group}["adam_weight_decay"]
+                if kind == "adam" and decay is not None:
+                    group["weight_decay"] = decay
                 super().add_param_group(group)
         except (TypeError, ValueError):
             del self.param_groups[before:], self._lr_tensors[before:]
@@ -133,6 +139,9 @@ class Muon(AdamLike):
             raise ValueError(f"ns_steps must be at least 1, got {group['ns_steps']}")
         if not group["adam_lr_scale"] >= 0.0:
             raise ValueError(f"adam_lr_scale must be at least 0, got {group['adam_lr_scale']}")
+        decay = group.get("adam_weight_decay")  # older checkpoints have none
+        if decay is not None and not decay >= 0.0:
+            raise ValueError(f"adam_weight_decay must be at least 0, got {decay}")
 
     @staticmethod
     def _check_pieces(group: dict[str, Any]) -> None:

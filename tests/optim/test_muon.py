@@ -113,14 +113,16 @@ def kinds_of(opt):
 
 
 @pytest.mark.parametrize("adam", ["adam_atan2", "adamw"])
+@pytest.mark.parametrize("decay", [None, 0.7])
 @pytest.mark.parametrize("options", [{}, {"nesterov": False, "scaling": "keller"}])
-def test_a_step_is_the_rule_of_each_parameter(adam, options):
+def test_a_step_is_the_rule_of_each_parameter(adam, options, decay):
     """Batches against `muon_update` one by one; the rest against AdamATan2 or AdamW alone."""
     net, twin = Net(), Net()
-    opt = Muon(net.named, 0.02, adam=adam, adam_lr_scale=0.5, **options)
+    opt = Muon(net.named, 0.02, adam=adam, adam_lr_scale=0.5, adam_weight_decay=decay, **options)
     kind_of = {n: g for g in opt.param_groups for n in g["param_names"]}
     rest = [(n, p) for n, p in twin.named if kind_of[n]["kind"] == "adam"]
-    other = {"adam_atan2": AdamATan2, "adamw": AdamW}[adam](rest, 0.01)
+    alone = {"adam_atan2": AdamATan2, "adamw": AdamW}[adam]
+    other = alone(rest, 0.01, weight_decay=0.1 if decay is None else decay)
     buffers = {n: torch.zeros_like(p) for n, p in twin.named}
     for seed in range(4):
         net.set_grads(seed)
@@ -201,6 +203,7 @@ def test_errors_are_sentences():
         ({"coefficients": "other"}, "coefficients must be one of"),
         ({"adam": "sgd"}, "adam must be one of"),
         ({"adam_lr_scale": -1.0}, "adam_lr_scale must"),
+        ({"adam_weight_decay": -1.0}, "adam_weight_decay must"),
         ({"lr": -1.0}, "lr must"),
     ]:
         with pytest.raises(ValueError, match=message):
