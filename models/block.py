@@ -30,7 +30,8 @@ class Block(nn.Module):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.attention = Attention(config, generator) if mixer == "attention" else None
-        self.plain = config.glu_norm == "none"  # the fused kernels know no norm inside
+        self.normed = config.glu_norm == "product"  # inside SwiGLU, as Hopper's kernels know it
+        self.fusible = self.normed or config.glu_norm == "none"
         width, expansion = config.hidden_size, config.expansion
         within = config.glu_norm, config.rms_norm_eps
         self.token_mlp = SwiGLU(length, expansion, generator, *within) if mixer == "mlp" else None
@@ -49,7 +50,7 @@ class Block(nn.Module):
             from models.kernels.residual import swiglu_norm
 
             gate_up, down = self.mlp.gate_up.weight, self.mlp.down.weight
-            fused = swiglu_norm(x_BLD, gate_up, down, self.eps, self.mlp.halves)
+            fused = swiglu_norm(x_BLD, gate_up, down, self.eps, self.mlp.halves, self.normed)
             if fused is not None:
                 return fused
         return rms_norm(x_BLD + self.mlp(x_BLD), self.eps)
@@ -68,19 +69,21 @@ class Block(nn.Module):
         return mixes and takes_swiglu(x_BLD, self.mlp.gate_up.weight, self.mlp.down.weight)
 
     def _fuses_mlp(self, x_BLD: Tensor) -> bool:
-        fusible = self.plain and type(self.mlp) is SwiGLU and not self.mlp.gate_up.fp8
+        fusible = self.fusible and type(self.mlp) is SwiGLU and not self.mlp.gate_up.fp8
         return fusible and usable("residual", x_BLD)
 
     def _fuses_mixer(self, x_BLD: Tensor) -> bool:
-        if not self.plain or not usable("mixer", x_BLD):
+        if not self.fusible or not usable("mixer", x_BLD):
             return False
-        from models.kernels.mixer import MAX_TOKENS
+        from models.kernels.mixer import MAX_TOKENS, on_hopper_kernel
 
+        if self.normed and not on_hopper_kernel(x_BLD, self.token_mlp.down.weight.shape[1]):
+            return False
         return x_BLD.shape[1] <= MAX_TOKENS
 
     def prepare(self, x_BLD: Tensor) -> None:
         """Lay the weights out as the kernels take them, for all uses on activations like x_BLD."""
-        if self.plain and usable("swiglu", x_BLD) and self.mlp.gate_up.half is not None:
+        if self.fusible and usable("swiglu", x_BLD) and self.mlp.gate_up.half is not None:
             from models.kernels.swiglu import cast_weights
 
             self.mlp.halves = cast_weights(self.mlp.gate_up.half, self.mlp.down.half, x_BLD.dtype)
@@ -116,7 +119,8 @@ class Block(nn.Module):
             from models.kernels.mixer import token_mixer
 
             gate_up, down = self.token_mlp.gate_up.weight, self.token_mlp.down.weight
-            return token_mixer(x_BLD, gate_up, down, self.eps, self.token_mlp.halves)
+            halves = self.token_mlp.halves
+            return token_mixer(x_BLD, gate_up, down, self.eps, halves, self.normed)
         x_BDL = x_BLD.transpose(1, 2)
         return rms_norm(x_BDL + self.token_mlp(x_BDL), self.eps).transpose(1, 2)
 

@@ -163,7 +163,7 @@ class SwiGLU(nn.Module):
     """`W_down(silu(W_gate x) ⊙ W_up x)` (Shazeer 2020, arXiv:2002.05202).
 
     The inner width is `expansion · 2/3 · features`, rounded up to a multiple of 256. `norm` puts an
-    RMSNorm before the last map, see `normed_gate`; there are no fused kernels for that.
+    RMSNorm before the last map, see `normed_gate`.
     """
 
     halves: tuple[Tensor, ...] | None = None  # as the kernels take them, like `Linear.half`

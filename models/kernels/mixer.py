@@ -175,11 +175,14 @@ def on_hopper_kernel(x: Tensor, inner: int) -> bool:
 
 @custom_op("loopwright::token_mixer", mutates_args=())
 def _mix(
-    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, hopper: bool
+    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, hopper: bool, normed: bool
 ) -> tuple[Tensor, Tensor]:
-    """out (B, L, D) and, if `save`, inv (B, D) for the backward; weights from `cast_weights`."""
+    """out (B, L, D) and, if `save`, inv (B, D) for the backward; weights from `cast_weights`.
+
+    If `normed` inv is (2, B, D): the outer norm's and the inner one's.
+    """
     if hopper:
-        return hopper_mixer.forward(x, gate_up, down, eps, save)
+        return hopper_mixer.forward(x, gate_up, down, eps, save, normed)
     batch, length, width = x.shape
     inner, padded = down.shape
     out = torch.empty_like(x)
@@ -193,9 +196,10 @@ def _mix(
 
 @_mix.register_fake
 def _(
-    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, hopper: bool
+    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, hopper: bool, normed: bool
 ) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], x.shape[2]) if save else (1,)
+    rows = x.shape[0], x.shape[2]
+    shape = ((2, *rows) if normed else rows) if save else (1,)
     return torch.empty_like(x), x.new_empty(shape, dtype=torch.float32)
 
 
@@ -212,9 +216,10 @@ def _mix_backward(
     """dx (B, L, D), and in float32 d gate_up (2 J, L), d down (L, J)."""
     if hopper:
         keep = not hopper_mixer.sums_weights(x.shape[1], down_t.shape[0])
-        dx, dy, dgu, h = hopper_mixer.backward(x, out, inv, dout, gate_up, down_t, keep)
+        dx, dy, dgu, h, slopes = hopper_mixer.backward(x, out, inv, dout, gate_up, down_t, keep)
         if not keep:
-            return dx, *hopper_mixer.weight_gradients(x, dy, gate_up, down_t)
+            inside = (inv[1], slopes) if inv.ndim == 3 else ()
+            return dx, *hopper_mixer.weight_gradients(x, dy, gate_up, down_t, *inside)
     else:
         dx, dy, dgu, h = _inner_gradients(x, out, inv, dout, gate_up, down_t)
     dgate_up, ddown = _weight_gradient(dgu, x), _weight_gradient(h, dy)
@@ -267,8 +272,8 @@ def _(
 
 class _TokenMixer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up, down, gate_up_half, down_half, down_t, eps, hopper):
-        out, inv = _mix(x, gate_up_half, down_half, eps, True, hopper)
+    def forward(ctx, x, gate_up, down, gate_up_half, down_half, down_t, eps, hopper, normed):
+        out, inv = _mix(x, gate_up_half, down_half, eps, True, hopper, normed)
         ctx.save_for_backward(x, out, inv, gate_up_half, down_t)
         ctx.kinds = gate_up.dtype, down.dtype
         ctx.hopper = hopper
@@ -278,12 +283,17 @@ class _TokenMixer(torch.autograd.Function):
     def backward(ctx, dout):
         x, out, inv, *halves = ctx.saved_tensors
         dx, dgate_up, ddown = _mix_backward(x, out, inv, dout.contiguous(), *halves, ctx.hopper)
-        none = (None,) * 5
+        none = (None,) * 6
         return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), *none
 
 
 def token_mixer(
-    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, halves: tuple[Tensor, ...] | None = None
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    eps: float,
+    halves: tuple[Tensor, ...] | None = None,
+    normed: bool = False,
 ) -> Tensor:
     """norm(x + down(silu(gate x) ⊙ (up x))) along the tokens of each feature.
 
@@ -293,6 +303,7 @@ def token_mixer(
         down: (L, J).
         eps: of the RMSNorm.
         halves: `cast_weights` of the two, where they are at hand.
+        normed: sigmoid(gate x) ⊙ RMSNorm(gate x ⊙ up x) instead; needs `on_hopper_kernel`.
 
     Returns:
         (B, L, D) in the dtype of x. Products are accumulated in float32; rounded to the dtype of x
@@ -301,5 +312,5 @@ def token_mixer(
     x, hopper = x.contiguous(), on_hopper_kernel(x, down.shape[1])
     halves = halves or cast_weights(x, gate_up, down)
     if torch.is_grad_enabled():
-        return _TokenMixer.apply(x, gate_up, down, *halves, eps, hopper)
-    return _mix(x, *halves[:2], eps, False, hopper)[0]
+        return _TokenMixer.apply(x, gate_up, down, *halves, eps, hopper, normed)
+    return _mix(x, *halves[:2], eps, False, hopper, normed)[0]

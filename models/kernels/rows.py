@@ -25,8 +25,8 @@ def select_rows_kernel(
     inside = at < size
     taken = tl.load(mask_ptr + (row if PER_ROW else 0)).to(tl.int1)
     if taken:
-        from_ = then_ptr + at % width if BROADCAST else then_ptr + row * size + at
-        value = tl.load(from_, mask=inside)
+        source = then_ptr + at % width if BROADCAST else then_ptr + row * size + at
+        value = tl.load(source, mask=inside)
         tl.store(out_ptr + row * size + at, value, mask=inside)
     else:
         value = tl.load(other_ptr + row * size + at, mask=inside)

@@ -42,6 +42,16 @@ def _plain(
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).transpose(1, 2)
 
 
+def _normed(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, eps: float = EPS
+) -> torch.Tensor:
+    x_BDL = x.transpose(1, 2)
+    gate, up = (x_BDL @ gate_up.mT).chunk(2, -1)
+    product = gate * up * torch.rsqrt((gate * up).square().mean(-1, keepdim=True) + eps)
+    y = x_BDL + (torch.sigmoid(gate) * product) @ down.mT
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).transpose(1, 2)
+
+
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     assert actual.shape == expected.shape
     return ((actual.double() - expected).norm() / expected.norm()).item()
@@ -88,7 +98,7 @@ def test_backward(length, shape):
     x, gate_up, down = inputs
     out, inv = _forward(x, gate_up, down, True)
     weights = kernels.pad(gate_up), kernels.pad(down.mT)
-    dx, dy, dgu, h = kernels.backward(x, out, inv, dout, *weights, True)
+    dx, dy, dgu, h, _ = kernels.backward(x, out, inv, dout, *weights, True)
     again = kernels.backward(x, out, inv, dout, *weights, False)
     assert torch.equal(again[0], dx) and torch.equal(again[1], dy)
     o, g = out.double(), dout.double()
@@ -110,6 +120,27 @@ def test_backward(length, shape):
 
 @pytest.mark.gpu
 @on_hopper
+@pytest.mark.parametrize("length", LENGTHS[1:])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norm_inside(length, shape):
+    batch, width, inner = shape
+    inputs = _inputs(batch, length, width, inner)
+    dout = _draw(batch, length, width)
+    exact = [t.double().requires_grad_() for t in inputs]
+    expected = _normed(*exact)
+    expected.backward(dout.double())
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    out = mixer.token_mixer(*leaves, EPS, normed=True)
+    out.backward(dout)
+    assert _error(out.detach(), expected.detach()) < 4e-3
+    for actual, reference in zip(leaves, exact, strict=True):
+        assert _error(actual.grad, reference.grad) < 1e-2  # y - x is taken from rounded results
+    with torch.no_grad():
+        assert torch.equal(mixer.token_mixer(*inputs, EPS, normed=True), out)
+
+
+@pytest.mark.gpu
+@on_hopper
 def test_graph_and_repetition():
     """Replayed on new values in the same buffers; the same bits every time; all rows written."""
     x, gate_up, down = _inputs(150, 97, 512, 512)
@@ -118,7 +149,7 @@ def test_graph_and_repetition():
 
     def run():
         out, inv = kernels.forward(x, weights[0], down, EPS, True)
-        dx, dy, dgu, h = kernels.backward(x, out, inv, dout, *weights, True)
+        dx, dy, dgu, h, _ = kernels.backward(x, out, inv, dout, *weights, True)
         return out, inv, dx, dy, dgu, h, *kernels.weight_gradients(x, dy, *weights)
 
     first = run()  # compiled and loaded outside of the capture

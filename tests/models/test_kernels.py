@@ -162,7 +162,7 @@ def test_norm_backward(rows, width, dtype):
     factors = torch.rsqrt(v.square().mean(-1) + 1e-5)
     out, dout = v * factors[:, None], draw(rows, width, dtype=dtype)
     out.backward(dout.double())
-    got = norm_backward(out.detach().to(dtype), factors.detach().float(), dout)
+    got, _ = norm_backward(out.detach().to(dtype), factors.detach().float(), dout)
     assert relative(got, v.grad) <= TOLERANCE[dtype]
 
 
@@ -207,6 +207,37 @@ def test_linear_and_swiglu_with_residual_and_norm(shape, width):
         kind,
     )
     both(swiglu_mlp, plain_mlp, (r, gate_up, down), kind)
+
+
+@in_kernel
+@pytest.mark.parametrize("shape", [(1, 1), (3, 97), (2, 130)])
+@pytest.mark.parametrize(("width", "inner"), [(128, 256), (512, 1536)])
+def test_swiglu_with_residual_and_a_norm_inside_too(shape, width, inner):
+    hopper_only()
+    from models.kernels.residual import swiglu_norm
+
+    torch.manual_seed(0)
+    kind = torch.bfloat16
+    x = draw(*shape, width, dtype=kind)
+    gate_up = draw(2 * inner, width, dtype=kind, scale=2 * width**-0.5)
+    down = draw(width, inner, dtype=kind, scale=inner**-0.5)
+
+    def plain(x, gate_up, down):
+        gate, up = (x @ gate_up.mT).chunk(2, -1)
+        return plain_norm(x + (torch.sigmoid(gate) * plain_norm(gate * up)) @ down.mT)
+
+    both(lambda *t: swiglu_norm(*t, 1e-5, normed=True), plain, (x, gate_up, down), kind)
+
+
+@in_kernel
+@pytest.mark.parametrize(("parts", "rows"), [(1, 1), (3, 7), (12, 300)])
+def test_inverse_rms(parts, rows):
+    from models.kernels.residual import inverse_rms
+
+    torch.manual_seed(0)
+    squares = draw(parts, rows, dtype=torch.float32).square()
+    expected = torch.rsqrt(squares.double().sum(0) / 40 + 1e-5)
+    assert relative(inverse_rms(squares, 40, 1e-5), expected) <= TOLERANCE[torch.float32]
 
 
 @in_kernel

@@ -38,6 +38,7 @@ class Plan:
     stages: int = 0
     cm: int = 1
     cn: int = 1
+    normed: bool = False
 
     @property
     def out(self) -> int:
@@ -63,9 +64,9 @@ class Plan:
 
 
 @functools.cache
-def plan(epilogue: int, k: int, columns: int) -> Plan:
+def plan(epilogue: int, k: int, columns: int, normed: bool = False) -> Plan:
     """The plan for a product with K = k and `columns` columns of result: a rule, no timing."""
-    p = Plan(epilogue, k, columns, cm=2)
+    p = Plan(epilogue, k, columns, cm=2, normed=normed)
     if epilogue == _DSWIGLU:  # gate and up take the registers of the other half of 256 columns
         p = replace(p, bn=128)
         if k <= 512:
@@ -82,6 +83,7 @@ def _kernel(p: Plan, device: int) -> Kernel:
     text = wgmma(p.bn) + "\n" + sources("instructions.cu", "gemm.cu")
     macros = {
         "EPILOGUE": p.epilogue,
+        "NORMED": int(p.normed),
         "K": p.k,
         "COLUMNS": p.columns,
         "BN": p.bn,
@@ -103,6 +105,8 @@ def _run(
     wide: Tensor | None = None,
     factors: Tensor | None = None,
     eps: float = 0.0,
+    scales: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> None:
     if not out.numel():
         return
@@ -120,6 +124,7 @@ def _run(
                 *map(ctypes.c_void_p, pointers),
                 ctypes.c_uint32(rows),
                 ctypes.c_float(eps),
+                *(ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in (scales, slopes)),
             ),
         )
 
@@ -175,15 +180,36 @@ def linear_swiglu(x: Tensor, w: Tensor, save: bool) -> tuple[Tensor, Tensor | No
     return h, wide
 
 
-def linear_dswiglu(dy: Tensor, w_t: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def linear_swiglu_squares(x: Tensor, w: Tensor, save: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`linear_swiglu`, and sums of (gate ⊙ up)² in parts: (T, M) float32, to be added over T."""
+    inner = w.shape[0] // 2
+    h = x.new_empty(*x.shape[:-1], inner)
+    wide = x.new_empty(*x.shape[:-1], 2 * inner) if save else None
+    p = plan(_SWIGLU_SAVE if save else _SWIGLU, w.shape[1], inner, True)
+    parts = x.new_empty(inner // p.out, x.numel() // x.shape[-1], dtype=torch.float32)
+    _run(p, x, w, None, h, wide, parts)
+    return h, wide, parts
+
+
+def linear_dswiglu(
+    dy: Tensor,
+    w_t: Tensor,
+    gate_up: Tensor,
+    scales: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The backward of `y = F.linear(h, w)` and of SwiGLU: d gate | d up, and h once more.
 
     dy (..., N), w_t (I, N) = wᵀ contiguous, gate_up (..., 2 I) → (..., 2 I), (..., I). With
     dh = dy w: d up = dh silu(gate), d gate = dh up silu'(gate), h = silu(gate) up.
+
+    With `scales` and `slopes`, (...) float32, the same of h' = scale h, where the scale depends on
+    gate ⊙ up so that d (gate ⊙ up) gets slope · gate ⊙ up besides.
     """
     wide = gate_up.new_empty(gate_up.shape)
     h = dy.new_empty(*dy.shape[:-1], w_t.shape[0])
-    _run(plan(_DSWIGLU, w_t.shape[1], w_t.shape[0]), dy, w_t, gate_up, h, wide)
+    p = plan(_DSWIGLU, w_t.shape[1], w_t.shape[0], scales is not None)
+    _run(p, dy, w_t, gate_up, h, wide, scales=scales, slopes=slopes)
     return wide, h
 
 
@@ -195,14 +221,17 @@ def linear_residual(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
 
 
 def linear_residual_norm(
-    x: Tensor, w: Tensor, r: Tensor, eps: float, save: bool
+    x: Tensor, w: Tensor, r: Tensor, eps: float, save: bool, scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`v = r + F.linear(x, w); v / sqrt(mean(v², -1) + eps)`, and the row's factor if `save`.
+
+    `scales` (...) float32, if given, multiply the rows of the product.
 
     x (..., K), w (N, K) with N one of NORM_WIDTHS, r (..., N) → (..., N), and (...) float32 or
     None: 1 / sqrt(mean(v²) + eps), by which the backward gets from d y to d v. v is not rounded.
     """
     out = r.new_empty(r.shape)
     factors = r.new_empty(r.shape[:-1], dtype=torch.float32) if save else None
-    _run(plan(_NORM, w.shape[1], w.shape[0]), x, w, r, out, None, factors, eps)
+    p = plan(_NORM, w.shape[1], w.shape[0], scales is not None)
+    _run(p, x, w, r, out, None, factors, eps, scales)
     return out, factors

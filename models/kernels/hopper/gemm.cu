@@ -16,7 +16,11 @@
 // columns of the result (row 8j + 2q + b of each 32 holds column 8q + 2j + b): results, and the
 // other operand of the epilogue, move between registers and global memory 16 bytes at a time.
 //
-// Compile-time: EPILOGUE, K, COLUMNS (of the result: h for SwiGLU), BN (rows of W a tile),
+// NORMED is SwiGLU with an RMSNorm inside: W_down(sigmoid(gate) ⊙ RMSNorm(gate ⊙ up)). A row's factor
+// goes through the product after it, so the first product leaves h = silu(gate) ⊙ up as it is, and
+// the sums of (gate up)² of each tile; NORM multiplies its rows by the factors made of these.
+//
+// Compile-time: EPILOGUE, NORMED, K, COLUMNS (of the result: h for SwiGLU), BN (rows of W a tile),
 // STATIONARY, STAGES, CM, CN; and the function wgmma(), written for BN by compile.py. What wraps a
 // single instruction is in instructions.cu.
 
@@ -94,16 +98,35 @@ __device__ __forceinline__ int index(int half, int g, int i) {  // of column 32g
   return 16 * g + 4 * (i / 2) + 2 * half + i % 2;
 }
 
-// d += other; factor: of RMSNorm, for both rows of this thread. `tile` counts this block's tiles.
-__device__ __forceinline__ void residual(float (&d)[VALUES], const Operands& o, float (&factor)[2],
-                                         Shared& s, int group, u32 tile, u32 row, float eps) {
+// parts (COLUMNS / OUT, M): the sums of (gate up)² over the columns of tile n, of both rows.
+__device__ __forceinline__ void inner_squares(const float (&d)[VALUES], float* parts, u32 row,
+                                              u32 n, u32 M) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < OUT / 4; j++) {
+      int at = index(half, j / 8, j % 8);
+      float product = d[at] * d[(VALUES / 2 + at) % VALUES];
+      sum += product * product;
+    }
+    sum += __shfl_xor_sync(~0u, sum, 1);  // the four lanes of a row
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (threadIdx.x % 4 == 0 && row + 8 * half < M) parts[(u64)n * M + row + 8 * half] = sum;
+  }
+}
+
+// d = scale d + other; factor: of RMSNorm, for both rows of this thread. `tile` counts this block's tiles.
+__device__ __forceinline__ void residual(float (&d)[VALUES], const Operands& o,
+                                         const float (&scale)[2], float (&factor)[2], Shared& s,
+                                         int group, u32 tile, u32 row, float eps) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     factor[half] = 0;
 #pragma unroll
     for (int j = 0; j < OUT / 4; j++) {
       float& v = d[index(half, j / 8, j % 8)];
-      v += get(o.v[0][half][j / 8], j % 8);
+      v = (NORMED ? v * scale[half] : v) + get(o.v[0][half][j / 8], j % 8);
       factor[half] += v * v;
     }
   }
@@ -132,7 +155,8 @@ __device__ __forceinline__ void residual(float (&d)[VALUES], const Operands& o, 
 }
 
 __device__ __forceinline__ void epilogue(const float (&d)[VALUES], const Operands& o,
-                                         const float (&factor)[2], bf16* out, bf16* wide,
+                                         const float (&factor)[2], const float (&scale)[2],
+                                         const float (&slope)[2], bf16* out, bf16* wide,
                                          float* factors, u32 row, u32 column, u32 M) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -154,9 +178,14 @@ __device__ __forceinline__ void epilogue(const float (&d)[VALUES], const Operand
         } else if (EPILOGUE == DSWIGLU) {
           float gate = get(o.v[0][half][g], i), up = get(o.v[PARTS - 1][half][g], i);
           float s = sigmoid(gate), silu = gate * s;
-          v[i] = silu * up;
+          if (NORMED) x *= scale[half];
+          v[i] = silu * up * (NORMED ? scale[half] : 1);
           a[i] = x * up * (s + silu * (1 - s));  // d silu / d gate = s (1 + gate (1 - s))
           b[i] = x * silu;
+          if (NORMED) {  // through the factor
+            a[i] += slope[half] * gate * up * up;
+            b[i] += slope[half] * gate * gate * up;
+          }
         } else {
           v[i] = EPILOGUE == NORM ? x * factor[half] : x;
         }
@@ -175,7 +204,8 @@ __device__ __forceinline__ void epilogue(const float (&d)[VALUES], const Operand
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (WGS + 1), 1)
 gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
      const bf16* __restrict__ other, bf16* __restrict__ out, bf16* __restrict__ wide,
-     float* __restrict__ factors, u32 M, float eps) {
+     float* __restrict__ factors, u32 M, float eps, const float* __restrict__ scales,
+     const float* __restrict__ slopes) {
   extern __shared__ unsigned char dynamic[];
   unsigned char* base = dynamic + (-address(dynamic) & 1023);
   unsigned char* stages = base + (STATIONARY ? KB * B_BYTES : 0);
@@ -268,6 +298,13 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       u32 column = (n * CN + cn) * OUT + lane % 4 * 8;
       Operands o;
       if (EPILOGUE >= DSWIGLU) fetch(o, other, row, column, M);
+      float scale[2] = {1, 1}, slope[2] = {0, 0};
+      if (NORMED && EPILOGUE >= DSWIGLU)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          scale[half] = scales[min(row + 8 * half, M - 1)];
+          if (EPILOGUE == DSWIGLU) slope[half] = slopes[min(row + 8 * half, M - 1)];
+        }
 
       float d[VALUES];
       u32 stage = i * KB % STAGES, phase = i * KB / STAGES & 1, last = 0;
@@ -302,8 +339,9 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       for (int j = 0; j < VALUES; j++) asm volatile("" : "+f"(d[j])::"memory");
       float factor[2] = {1, 1};
       if (EPILOGUE >= RESIDUAL)
-        residual(d, o, factor, s, group, i, 64 * group + warp * 16 + lane / 4, eps);
-      epilogue(d, o, factor, out, wide, factors, row, column, M);
+        residual(d, o, scale, factor, s, group, i, 64 * group + warp * 16 + lane / 4, eps);
+      if (NORMED && GATED) inner_squares(d, factors, row, n * CN + cn, M);
+      epilogue(d, o, factor, scale, slope, out, wide, factors, row, column, M);
     }
     if (STATIONARY && tiles.count) {
       int m, n;

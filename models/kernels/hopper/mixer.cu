@@ -8,8 +8,11 @@
 // the others in stages of 64 inner features, each stage shared by all warpgroups of a cluster.
 //
 // Compile-time: J (inner), NT and KT (tokens padded to 8 and 16), CH (inner features at a time),
-// STAGES, WGS, CLUSTER, TURNS (warpgroups issue products in turn), SAVE; from compile.py
+// STAGES, WGS, CLUSTER, TURNS (warpgroups issue products in turn), SAVE, NORMED; from compile.py
 // wgmma_inner (2 CH columns) and wgmma_tokens (NT columns).
+//
+// NORMED: out = norm(x + W_down(sigmoid(gate) ⊙ RMSNorm(gate ⊙ up))). The inner norm's factor of a
+// feature goes through W_down, so the products are the same, and it multiplies what they add up to.
 
 constexpr int KSTEPS = KT / 16;                   // of a sum over tokens
 constexpr int BLOCKS = (KT + 63) / 64;            // of 64 tokens: 128 bytes, a swizzled row
@@ -28,7 +31,7 @@ struct Shared {
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (WGS + 1), 1)
 mixer(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap gu_map,
       const __grid_constant__ TensorMap down_map, const __grid_constant__ TensorMap out_map,
-      float* __restrict__ inv_out, u32 B, u32 D, float mean, float eps) {
+      float* __restrict__ inv_out, u32 B, u32 D, float mean, float eps, float inner_mean) {
   extern __shared__ unsigned char dynamic[];
   unsigned char* stages = dynamic + (-address(dynamic) & 1023);
   unsigned char* xs = stages + STAGES * STAGE_BYTES;
@@ -97,7 +100,7 @@ mixer(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap
 
     float acc[NT / 2], gu[CH];
     u32 x[KSTEPS][4], h[CH / 16][4];
-    auto inner = [&](int part) {  // gu = x [W_gate | W_up]ᵀ
+    auto products = [&](int part) {  // gu = x [W_gate | W_up]ᵀ
       u32 at = first + stage * STAGE_BYTES + part * BLOCKS * GU_BYTES;
 #pragma unroll
       for (int k = 0; k < KSTEPS; k++)
@@ -114,12 +117,13 @@ mixer(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap
 #pragma unroll
       for (int i = 0; i < NT / 2; i++) {  // the residual
         u32 pair = x[i / 8][i / 4 % 2 * 2 + i / 2 % 2];
-        acc[i] = i % 2 ? high(pair) : low(pair);
+        acc[i] = NORMED ? 0 : i % 2 ? high(pair) : low(pair);
       }
+      float squares[2] = {0, 0};  // of gate up, of features lane / 4 and lane / 4 + 8
       barrier_wait(&s.full[stage], phase);
       if (TURNS) named_sync(1 + group, 256);
       wgmma_fence();
-      inner(0);
+      products(0);
       wgmma_commit();
       if (TURNS) named_arrive(1 + (group + 1) % WGS, 256);
       wgmma_wait();
@@ -136,6 +140,8 @@ mixer(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap
             for (int j = 0; j < 2; j++) {
               float half = 0.5f * gu[at + j];  // silu(g) = g / 2 + g / 2 tanh(g / 2)
               v[j] = fmaf(half, tanh_approx(half), half) * gu[CH / 2 + at + j];
+              float product = gu[at + j] * gu[CH / 2 + at + j];
+              if (NORMED) squares[i % 2] = fmaf(product, product, squares[i % 2]);
             }
             h[i / 4][i % 4] = pack(v[0], v[1]);
           }
@@ -150,7 +156,7 @@ mixer(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap
 #pragma unroll
           for (int k = 0; k < CH / 16; k++) wgmma_tokens(acc, h[k], descriptor(down + k * 32), 1);
           if (more) {
-            inner((part + 1) % PARTS);
+            products((part + 1) % PARTS);
             wgmma_commit();
           } else {
             wgmma_commit();
@@ -164,7 +170,16 @@ mixer(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap
         }
       }
 
-      float inv[2] = {0, 0};  // of features lane / 4 and lane / 4 + 8
+      float inv[2] = {0, 0}, inner[2] = {1, 1};  // of features lane / 4 and lane / 4 + 8
+      if (NORMED) {
+        inner[0] = rsqrtf(sum4(squares[0]) * inner_mean + eps);
+        inner[1] = rsqrtf(sum4(squares[1]) * inner_mean + eps);
+#pragma unroll
+        for (int i = 0; i < NT / 2; i++) {
+          u32 pair = x[i / 8][i / 4 % 2 * 2 + i / 2 % 2];
+          acc[i] = fmaf(acc[i], inner[i / 2 % 2], i % 2 ? high(pair) : low(pair));
+        }
+      }
 #pragma unroll
       for (int i = 0; i < NT / 2; i++) inv[i / 2 % 2] += acc[i] * acc[i];
       inv[0] = rsqrtf(sum4(inv[0]) * mean + eps);
@@ -174,6 +189,11 @@ mixer(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap
         float* to = inv_out + (u64)tile * 64 + warp * 16 + lane / 4;  // tiles lie as (B, D) does
         to[0] = inv[0];
         to[8] = inv[1];
+        if (NORMED) {
+          to += (u64)B * D;
+          to[0] = inner[0];
+          to[8] = inner[1];
+        }
       }
       if (threadIdx.x % 128 == 0) stores_wait_read<0>();
       named_sync(8 + group, 128);

@@ -37,6 +37,7 @@ class Plan:
     STAGES: int = 0
     WGS: int = 2
     CLUSTER: int = 2
+    NORMED: int = 0
 
     @property
     def blocks(self) -> int:
@@ -135,26 +136,29 @@ def _tokens(length: int) -> tuple[int, int]:
 
 
 @functools.cache
-def forward_plan(inner: int, length: int, save: bool) -> ForwardPlan:
+def forward_plan(inner: int, length: int, save: bool, normed: bool = False) -> ForwardPlan:
     """The plan of the forward pass: a rule, no timing."""
     nt, kt = _tokens(length)
     # Three warpgroups have 160 registers a thread each, enough for up to 112 tokens.
-    return ForwardPlan(inner, nt, kt, WGS=3 if kt <= 112 else 2, SAVE=int(save)).fill(4)
+    wgs = 3 if kt <= 112 else 2
+    return ForwardPlan(inner, nt, kt, WGS=wgs, SAVE=int(save), NORMED=int(normed)).fill(4)
 
 
 @functools.cache
-def backward_plan(inner: int, length: int, keep: bool) -> BackwardPlan:
+def backward_plan(inner: int, length: int, keep: bool, normed: bool = False) -> BackwardPlan:
     """The same of the backward; `keep` as in `backward`."""
-    return BackwardPlan(inner, *_tokens(length), INNER=int(keep)).fill(6)
+    return BackwardPlan(inner, *_tokens(length), INNER=int(keep), NORMED=int(normed)).fill(6)
 
 
 @functools.cache
-def weights_plan(inner: int, length: int) -> WeightsPlan:
+def weights_plan(inner: int, length: int, normed: bool = False) -> WeightsPlan:
     """The same of the weights' gradients."""
     nt, kt = _tokens(length)
     slices = inner // 64
     part = -(-nt // 16) * 8
-    return WeightsPlan(inner, nt, kt, CLUSTER=2 - slices % 2, PART=part, SLICES=slices).fill(3)
+    cluster = 2 - slices % 2
+    p = WeightsPlan(inner, nt, kt, CLUSTER=cluster, PART=part, SLICES=slices, NORMED=int(normed))
+    return p.fill(3)
 
 
 @functools.cache
@@ -216,17 +220,26 @@ def _pointer(t: Tensor) -> ctypes.c_void_p:
 
 
 def forward(
-    x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, p: ForwardPlan | None = None
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    eps: float,
+    save: bool,
+    normed: bool = False,
+    p: ForwardPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, D) and, if `save`, inv (B, D) float32 = 1 / rms of y (else any).
 
     x (B, L, D), gate_up (2 J, L up to a multiple of 8) from `pad`, down (L, J), all bfloat16.
+    `normed`: sigmoid(gate) ⊙ RMSNorm(gate ⊙ up) in place of silu(gate) ⊙ up; inv is (2, B, D) then,
+    the second 1 / rms of gate ⊙ up.
     """
     batch, length, width = x.shape
-    p = p or forward_plan(down.shape[1], length, save)
+    p = p or forward_plan(down.shape[1], length, save, normed)
     x, gate_up, down = _aligned(x), _aligned(gate_up), _aligned(down)
     out = torch.empty_like(x)
-    inv = x.new_empty((batch, width) if save else (1,), dtype=torch.float32)
+    rows = (2, batch, width) if normed else (batch, width)
+    inv = x.new_empty(rows if save else (1,), dtype=torch.float32)
     _launch(
         p,
         x,
@@ -235,7 +248,7 @@ def forward(
         *_weight_maps(gate_up, down, p.CH, p.NT),
         tensor_map(out, (64, p.NT, 1)),
         _pointer(inv),
-        *_numbers(batch, width, 1.0 / length, float(eps)),
+        *_numbers(batch, width, 1.0 / length, float(eps), 1.0 / down.shape[1]),
     )
     return out, inv
 
@@ -249,8 +262,10 @@ def backward(
     down_t: Tensor,
     keep: bool,
     p: BackwardPlan | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx and dy (B, L, D) and, if `keep`, d gate | d up (B, D, 2 J) and h (B, D, J); all bfloat16.
+
+    Last, for `weight_gradients` where `forward` was `normed`, what it calls slopes.
 
     Arguments as in `forward`, with its results `out` and `inv`; down_t (J, L up to a multiple
     of 8) = `pad(down.t())`. The gradients of the weights are Σ over puzzles and features of
@@ -258,12 +273,14 @@ def backward(
     """
     batch, length, width = x.shape
     inner = down_t.shape[0]
-    p = p or backward_plan(inner, length, keep)
+    normed = inv.ndim == 3
+    p = p or backward_plan(inner, length, keep, normed)
     x, out, dout = _aligned(x), _aligned(out), _aligned(dout)
     gate_up, down_t = _aligned(gate_up), _aligned(down_t)
     dx, dy = torch.empty_like(x), torch.empty_like(x)
     rows = (batch, width) if keep else (1, 1)
     dgu, h = x.new_empty(*rows, 2 * inner), x.new_empty(*rows, inner)
+    slopes = inv.new_empty((batch, width) if normed else (1,))
     _launch(
         p,
         x,
@@ -274,17 +291,29 @@ def backward(
         *(tensor_map(t.view(-1, t.shape[2]), (32, 16)) for t in (dgu, h)),
         _pointer(inv),
         *_numbers(batch, width, 1.0 / length),
+        _pointer(slopes),
+        *_numbers(1.0 / inner),
     )
-    return dx, dy, dgu, h
+    return dx, dy, dgu, h, slopes
 
 
 def weight_gradients(
-    x: Tensor, dy: Tensor, gate_up: Tensor, down_t: Tensor, p: WeightsPlan | None = None
+    x: Tensor,
+    dy: Tensor,
+    gate_up: Tensor,
+    down_t: Tensor,
+    scales: Tensor | None = None,
+    slopes: Tensor | None = None,
+    p: WeightsPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """d gate_up (2 J, L) and d down (L, J) in float32; arguments as in `backward`."""
+    """d gate_up (2 J, L) and d down (L, J) in float32; arguments as in `backward`.
+
+    `scales` and `slopes` (B, D), where `forward` was `normed`: its inv[1], and by how much of
+    itself gate ⊙ up has a greater gradient than by the scale alone.
+    """
     batch, length, width = x.shape
     inner = down_t.shape[0]
-    p = p or weights_plan(inner, length)
+    p = p or weights_plan(inner, length, scales is not None)
     x, dy, gate_up, down_t = _aligned(x), _aligned(dy), _aligned(gate_up), _aligned(down_t)
     resident = _kernel(p, x.device.index).resident * p.CLUSTER
     shares = max(1, min(resident // p.SLICES, batch * width // 64))
@@ -297,6 +326,7 @@ def weight_gradients(
         *_weight_maps(gate_up, down_t, 32, 32),
         _pointer(parts),
         *_numbers(batch, width),
+        *(ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in (scales, slopes)),
     )
     total = parts.sum(0)[:, :length]
     return total[: 2 * inner].contiguous(), total[2 * inner :].t().contiguous()

@@ -10,7 +10,10 @@
 // each warp its 16 features, so that these stores, which bound this kernel, run beside the products.
 // Without, mixer_weights.cu forms it once more.
 //
-// Compile-time: J, NT and KT (tokens padded to 8 and 16), STAGES, WGS, CLUSTER, INNER; from
+// NORMED, as in mixer.cu: h is times the inner norm's factor f, and gate ⊙ up, by way of f, gets the
+// gradient slope gate ⊙ up besides, slope = -f² Σ dy (y - x) / J: y - x is what f multiplies.
+//
+// Compile-time: J, NT and KT (tokens padded to 8 and 16), STAGES, WGS, CLUSTER, INNER, NORMED; from
 // compile.py wgmma_inner (64 columns), wgmma_half (32) and wgmma_tokens (NT, transposed).
 
 constexpr int SLOT_BYTES = 4 * 3 * 1024;          // 4 warps; d gate, d up, h of 16 × 32
@@ -28,7 +31,8 @@ mixer_backward(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
                const __grid_constant__ TensorMap gu_map, const __grid_constant__ TensorMap down_map,
                const __grid_constant__ TensorMap dx_map, const __grid_constant__ TensorMap dy_map,
                const __grid_constant__ TensorMap dgu_map, const __grid_constant__ TensorMap h_map,
-               const float* __restrict__ inv_in, u32 B, u32 D, float mean) {
+               const float* __restrict__ inv_in, u32 B, u32 D, float mean,
+               float* __restrict__ slopes, float inner_mean) {
   extern __shared__ unsigned char dynamic[];
   unsigned char* stages = dynamic + (-address(dynamic) & 1023);
   unsigned char* xs = stages + STAGES * STAGE_BYTES;
@@ -108,6 +112,14 @@ mixer_backward(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
         inv[0] = inv_in[row + lane / 4];
         inv[1] = inv_in[row + lane / 4 + 8];
       }
+      float scale[2] = {0, 0}, slope[2] = {0, 0}, root[2] = {0, 0};
+      if (NORMED && tile < tiles) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          scale[r] = inv_in[(u64)B * D + row + lane / 4 + 8 * r];
+          root[r] = 1 / inv[r];
+        }
+      }
       barrier_wait(&s.x_full[group], x_phase);
       x_phase ^= 1;
 #pragma unroll
@@ -132,6 +144,10 @@ mixer_backward(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
           float v0 = (low(g[r]) - low(o[r]) * dot[r % 2]) * inv[r % 2];
           float v1 = (high(g[r]) - high(o[r]) * dot[r % 2]) * inv[r % 2];
           dy[k][r] = pack(v0, v1);
+          if (NORMED) {
+            slope[r % 2] = fmaf(v0, low(o[r]) * root[r % 2] - low(x[k][r]), slope[r % 2]);
+            slope[r % 2] = fmaf(v1, high(o[r]) * root[r % 2] - high(x[k][r]), slope[r % 2]);
+          }
           int at = 8 * k + r / 2 * 4 + r % 2 * 2;
           if (at < NT / 2) {
             acc[at] = v0;
@@ -141,6 +157,13 @@ mixer_backward(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(&s.x_empty[group]);
+      if (NORMED) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          slope[r] = -scale[r] * scale[r] * inner_mean * sum4(slope[r]);
+          if (lane % 4 == 0 && tile < tiles) slopes[row + lane / 4 + 8 * r] = slope[r];
+        }
+      }
 
       if (leader) stores_wait_read<0>();  // dx of the tile before
       named_sync(8 + group, 128);
@@ -165,7 +188,7 @@ mixer_backward(const __grid_constant__ TensorMap x_map, const __grid_constant__ 
       named_sync(8 + group, 128);
 #pragma unroll 1
       for (int step = 0; step < STEPS; step++) {
-        inner_gradients(gu, dh, dgate, dup, h);
+        inner_gradients(gu, dh, scale, slope, dgate, dup, h);
         const u32 slot = step % 2 * SLOT_BYTES;
         if (INNER) {
           if (lane == 0) stores_wait_read<1>();  // of the step before the last

@@ -33,7 +33,10 @@ __device__ __forceinline__ void inner_products(float (&gu)[32], float (&dh)[16],
                k != 0);
 }
 
+// NORMED: scale, of this thread's two features, is the inner norm's factor, by which gate ⊙ up gets
+// the gradient slope gate ⊙ up besides.
 __device__ __forceinline__ void inner_gradients(const float (&gu)[32], const float (&dh)[16],
+                                                const float (&scale)[2], const float (&slope)[2],
                                                 u32 (&dgate)[2][4], u32 (&dup)[2][4],
                                                 u32 (&h)[2][4]) {
 #pragma unroll
@@ -44,9 +47,15 @@ __device__ __forceinline__ void inner_gradients(const float (&gu)[32], const flo
     for (int j = 0; j < 2; j++) {
       float half = 0.5f * gu[at + j], up = gu[16 + at + j], t = tanh_approx(half);
       float silu = fmaf(half, t, half), sigmoid = fmaf(0.5f, t, 0.5f);
-      v[j] = silu * up;
-      u[j] = dh[at + j] * silu;
-      a[j] = dh[at + j] * up * fmaf(silu, fmaf(-0.5f, t, 0.5f), sigmoid);
+      float d = NORMED ? dh[at + j] * scale[i % 2] : dh[at + j];
+      v[j] = NORMED ? silu * up * scale[i % 2] : silu * up;
+      u[j] = d * silu;
+      a[j] = d * up * fmaf(silu, fmaf(-0.5f, t, 0.5f), sigmoid);
+      if (NORMED) {
+        float gate = gu[at + j], product = slope[i % 2] * gate * up;
+        u[j] = fmaf(product, gate, u[j]);
+        a[j] = fmaf(product, up, a[j]);
+      }
     }
     dgate[i / 4][i % 4] = pack(a[0], a[1]);
     dup[i / 4][i % 4] = pack(u[0], u[1]);

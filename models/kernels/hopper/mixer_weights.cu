@@ -9,8 +9,8 @@
 // and each the half of d W_downᵀ that belongs to its half of the tokens. The blocks of a cluster own
 // neighbouring slices and share what they read. Sums over the shares are left to the caller.
 //
-// Compile-time: J, NT and KT (tokens padded to 8 and 16), STAGES, CLUSTER, SLICES = J / 64; from
-// compile.py wgmma_inner (64 columns), wgmma_half (32), and with both operands in shared memory,
+// Compile-time: J, NT and KT (tokens padded to 8 and 16), STAGES, CLUSTER, SLICES = J / 64, NORMED;
+// from compile.py wgmma_inner (64 columns), wgmma_half (32), and with both operands in shared memory,
 // the first transposed, wgmma_tokens (NT columns) and wgmma_part (PART).
 
 constexpr int WEIGHTS_BYTES = 2 * STAGE_BYTES;    // 64 inner features, 32 at a time
@@ -25,7 +25,8 @@ struct Shared {
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
 mixer_weights(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap dy_map,
               const __grid_constant__ TensorMap gu_map, const __grid_constant__ TensorMap down_map,
-              float* __restrict__ parts, u32 B, u32 D) {
+              float* __restrict__ parts, u32 B, u32 D, const float* __restrict__ scales,
+              const float* __restrict__ slopes) {
   extern __shared__ unsigned char dynamic[];
   unsigned char* weights = dynamic + (-address(dynamic) & 1023);
   unsigned char* pairs = weights + WEIGHTS_BYTES;
@@ -88,13 +89,19 @@ mixer_weights(const __grid_constant__ TensorMap x_map, const __grid_constant__ T
     u32 stage = 0, phase = 0;
 
     float acc[NT / 2], part[PART / 2], gu[32], dh[16];
+    float scale[2] = {0, 0}, slope[2] = {0, 0};                 // of the tile in x and dy
     u32 x[KSTEPS][4], dy[KSTEPS][4], dgate[2][4], dup[2][4], h[2][4];
 #pragma unroll
     for (int i = 0; i < NT / 2; i++) acc[i] = 0;
 #pragma unroll
     for (int i = 0; i < PART / 2; i++) part[i] = 0;
 
-    auto load = [&]() {
+    auto load = [&](u32 pair) {
+      const u32 tile = pair * 2 + group, row = tile * 64 + warp * 16 + lane / 4;
+      if (NORMED && tile < B * across) {
+        scale[0] = scales[row], scale[1] = scales[row + 8];
+        slope[0] = slopes[row], slope[1] = slopes[row + 8];
+      }
       barrier_wait(&s.full[stage], phase);
 #pragma unroll
       for (int k = 0; k < KSTEPS; k++) {
@@ -121,7 +128,7 @@ mixer_weights(const __grid_constant__ TensorMap x_map, const __grid_constant__ T
 
     barrier_wait(&s.weights, 0);
     if (share < count) {
-      load();
+      load(share);
       wgmma_fence();
       inner_products(gu, dh, x, dy, weights_at);
       wgmma_commit();
@@ -131,7 +138,7 @@ mixer_weights(const __grid_constant__ TensorMap x_map, const __grid_constant__ T
     }
 #pragma unroll 1
     for (u32 pair = share; pair < count; pair += shares) {
-      inner_gradients(gu, dh, dgate, dup, h);
+      inner_gradients(gu, dh, scale, slope, dgate, dup, h);
       wgmma_fence();
       inner_products(gu, dh, x, dy, weights_at + STAGE_BYTES);
       wgmma_commit();
@@ -140,14 +147,14 @@ mixer_weights(const __grid_constant__ TensorMap x_map, const __grid_constant__ T
       wgmma_wait();
       settle(gu);
       settle(dh);
-      inner_gradients(gu, dh, dgate, dup, h);
+      inner_gradients(gu, dh, scale, slope, dgate, dup, h);
       put(1);
       fence_async();
       named_sync(2, 256);  // both tiles' inner gradients are there
       const u32 before = stage, tiles_at = address(pairs) + stage * PAIR_BYTES;
       if (++stage == STAGES) { stage = 0; phase ^= 1; }
       if (pair + shares < count) {
-        load();
+        load(pair + shares);
         wgmma_fence();
         sums(tiles_at);
         inner_products(gu, dh, x, dy, weights_at);
