@@ -169,7 +169,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     from training.act_steps import ACTSteps
     from training.device import (
         choose_device,
-        configure_compiler,
+        compile_model,
         device_name,
         memory_advice,
         set_determinism,
@@ -190,8 +190,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
         if config.kernels == "off":
             kernels.switch_off()
         if wants_compile(config.compile, device):
-            configure_compiler()
-            model.compile_levels(job.batch_size if config.compile == "auto" else None)
+            compile_model(model, config.compile, job.batch_size)
         step = found.index["step"] if isinstance(found, Resume) else None
         logger.info("checkpoint %s: step %s, %s weights", found.path,
                     "unknown" if step is None else step, config.weights.upper())  # fmt: skip
