@@ -64,19 +64,20 @@ class ReasoningModel(nn.Module):
         """Train by the schedule for this fraction of the steps; evaluation is by the full one."""
         self.schedule = self.config.schedule(progress)
 
-    def compile_levels(self, rows: int | None = None) -> None:
+    def compile_levels(self, rows: int | None = None) -> bool:
         """torch.compile each level's stack of blocks (one graph, used by every update).
 
         Its blocks one by one where each is recomputed: recomputation stays outside of the graphs.
         With `rows`, a level stays as it is where a batch of so many meets fused kernels only:
-        compiling takes seconds, and finds nothing to fuse.
+        compiling takes seconds, and finds nothing to fuse. Returns whether any is to be compiled.
         """
         by_block = self.config.grad_checkpoint in ("block", "all")
-        for level in self.levels.values():
-            if rows is not None and level.fused(next(iter(self.init_state(rows).values()))):
-                continue
+        like = None if rows is None else next(iter(self.init_state(rows).values()))
+        levels = [v for v in self.levels.values() if like is None or not v.fused(like)]
+        for level in levels:
             for part in level.blocks if by_block else (level,):
                 part.compile(dynamic=False)
+        return bool(levels)
 
     def puzzle_rows(self, puzzle_ids: Tensor) -> Tensor | None:
         """Rows (B, puzzle_emb_ndim) of the puzzle table for `puzzle_ids` (B,), or None."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +14,15 @@ from optim.checks import check_lr, check_options, check_param, match_groups
 Fused = Literal["off", "auto", "on"]
 Half = Literal["nearest", "stochastic", "master"]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+def _unwrapped(name: str) -> Callable[..., Any]:
+    """A method of torch's Optimizer without its wrapper, which keeps torch's compiler out of it.
+
+    The wrapper imports the compiler, whether anything is compiled or not: seconds at each start.
+    """
+    method = getattr(torch.optim.Optimizer, name)
+    return getattr(method, "__wrapped__", method)
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,11 +59,15 @@ class DeviceState(torch.optim.Optimizer):
         if len(set(names)) != len(names):
             raise ValueError("a parameter appears twice in one parameter group")
         self._check_options({**self.defaults, **group})
-        super().add_param_group(group)
+        _unwrapped("add_param_group")(self, group)
         group = self.param_groups[-1]
         self._lr_tensors.append(self._own_lr(group))
         for p in group["params"]:
             self.state[p] = self._new_state(group, p)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients (see torch.optim.Optimizer), or set them to zero in place."""
+        _unwrapped("zero_grad")(self, set_to_none)
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the tensors that a parameter of this group keeps beside its step."""

@@ -17,6 +17,7 @@ from training.config import RunConfig
 from training.errors import ConfigError, TrainingFailed
 
 if TYPE_CHECKING:
+    from models.reasoning import ReasoningModel
     from training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -85,14 +86,18 @@ def prepare_execution(state: TrainState, config: RunConfig) -> None:
     if config.kernels == "off":
         kernels.switch_off()
     if wants_compile(config.compile, state.device):
-        configure_compiler()
-        rows = len(state.carry.steps) // config.grad_accum
-        state.model.compile_levels(rows if config.compile == "auto" else None)
+        compile_model(state.model, config.compile, len(state.carry.steps) // config.grad_accum)
     if config.cuda_graph == "auto" and state.device.type == "cuda":
         if state.ranks.size > 1:
             logger.info("steps of several ranks are not captured in a CUDA graph yet")
             return
         state.use_graph()
+
+
+def compile_model(model: ReasoningModel, setting: str, rows: int) -> None:
+    """Compile the levels of `model` for batches of `rows`; `auto`: where that fuses anything."""
+    if model.compile_levels(rows if setting == "auto" else None):  # at its first call
+        configure_compiler()
 
 
 def configure_compiler() -> None:

@@ -34,7 +34,7 @@ from training.resume import Resume, WarmStart
 from training.run_folder import describe, discard, environment, lock, write_summary
 from training.saving import Saver
 from training.signals import StopSignal
-from training.speed import describe_speed
+from training.speed import announce_speed
 from training.state import LOSSES, METRICS, SAME_ON_ALL, TrainState
 from training.step import learning_rates, train_step
 
@@ -196,7 +196,7 @@ class Trainer:
         steps, count = max(sums["train_steps"], 1), max(sums["count"], 1)
         self.intervals += 1
         if self.intervals == 2:  # the first one compiled
-            logger.info("%s", describe_speed(run, state.device, elapsed / steps))
+            announce_speed(run, state.device, elapsed / steps)
             clock = time.perf_counter()
         rows = steps * config.global_batch_size
         metrics = {f"train/{k}": sums[k] / count for k in METRICS if k != "count"}

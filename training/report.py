@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     from training.act_steps import ACTSteps
     from training.device import (
         choose_device,
-        configure_compiler,
+        compile_model,
         device_name,
         memory_advice,
         set_determinism,
@@ -190,8 +191,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
         if config.kernels == "off":
             kernels.switch_off()
         if wants_compile(config.compile, device):
-            configure_compiler()
-            model.compile_levels(job.batch_size if config.compile == "auto" else None)
+            compile_model(model, config.compile, job.batch_size)
         step = found.index["step"] if isinstance(found, Resume) else None
         logger.info("checkpoint %s: step %s, %s weights", found.path,
                     "unknown" if step is None else step, config.weights.upper())  # fmt: skip
@@ -202,6 +202,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
         act = ACT(model)
         graphed = config.cuda_graph == "auto" and job.world.size == 1
         options["steps"] = ACTSteps(act, device, graphed=graphed)
+        began = time.perf_counter()
         if config.eval.thinks:
             found_out = think_harder(act, dataset, config.eval, **options)
             text = _thinking_table(found_out)
@@ -210,12 +211,14 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
                 reports = evaluate(act, dataset, config.eval, ranks=ranks, **options)
             found_out = {name: r.values() for name, r in reports.items()}
             text = table(reports)
+    seconds = time.perf_counter() - began
     report = {
         "checkpoint": str(found.path),
         "step": step,
         "weights": config.weights,
         "dataset": str(job.dataset_path),
         "eval": config.eval.model_dump(mode="json"),
+        "seconds": round(seconds, 3),
         "sets": found_out,
     }
     if job.world.rank > 0:
@@ -224,7 +227,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     path = job.output_dir / f"{kind}-{found.path.name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     logger.info("%s", text)
-    logger.info("written to %s", path)
+    logger.info("in %.3g s, written to %s", seconds, path)
     return report
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
 
 import torch
 
 from models.cost import cost
 from training.resolve import ResolvedRun
+
+logger = logging.getLogger(__name__)
 
 # Dense bf16/fp16 products, TFLOP/s, from the vendors' data sheets; the first name that fits counts.
 _PEAK = {
@@ -72,3 +76,15 @@ def describe_speed(run: ResolvedRun, device: torch.device, seconds: float) -> st
         line += f", model FLOP utilization {rate / peak:.0%}"
     memory = peak_memory(device)
     return f"{line}; peak memory {memory / 2**30:.2f} GiB" if memory else line
+
+
+def announce_speed(run: ResolvedRun, device: torch.device, seconds: float) -> None:
+    """Log `describe_speed`. Counting FLOPs takes seconds, in which a GPU goes on with its steps."""
+
+    def announce() -> None:
+        logger.info("%s", describe_speed(run, device, seconds))
+
+    if device.type == "cuda":
+        threading.Thread(target=announce, name="speed").start()
+    else:
+        announce()

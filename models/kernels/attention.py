@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from models.kernels.hopper import attention as hopper
-from models.kernels.launch import next_power, precision
+from models.kernels.launch import next_power, operation, precision
 
 MAX_TOKENS = 128
 
@@ -145,7 +144,7 @@ def supported(length: int, head_dim: int) -> bool:
     return length <= MAX_TOKENS and head_dim in (32, 64, 128)
 
 
-@custom_op("loopwright::short_attention", mutates_args=())
+@operation("loopwright::short_attention")
 def _attend(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, rope: bool, causal: bool, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -174,7 +173,7 @@ def _(
     return qkv.new_empty((batch, length, width)), qkv.new_empty(lse, dtype=torch.float32)
 
 
-@custom_op("loopwright::short_attention_backward", mutates_args=())
+@operation("loopwright::short_attention_backward")
 def _attend_backward(
     qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
     heads: int, rope: bool, causal: bool,

@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from models.kernels import hopper
+
+
+class Operation:
+    """A function of tensors and numbers that torch's compiler takes as one opaque operation.
+
+    What `torch.library.custom_op` makes of a function that changes no argument; but the first call
+    of those imports the compiler, which takes seconds, whether anything is compiled or not.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(name, "default", function)
+        self.name, self.__doc__ = name, function.__doc__
+        namespace, _, own = name.partition("::")
+        self.overload = getattr(getattr(torch.ops, namespace), own).default
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns."""
+        return self.overload(*args)
+
+    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A decorator: `function` gives the shapes of the results."""
+        torch.library.register_fake(self.name, function)
+        return function
+
+
+def operation(name: str) -> Callable[[Callable[..., Any]], Operation]:
+    """A decorator: the function as the `Operation` `name`, such as "loopwright::swiglu_mlp"."""
+    return lambda function: Operation(name, function)
 
 
 @triton.jit
@@ -39,7 +72,10 @@ def next_power(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-@torch.compiler.assume_constant_result
 def on_hopper(device: int) -> bool:
     """Whether a CUDA device can run `models.kernels.hopper`."""
     return hopper.available(device)
+
+
+# `torch.compiler.assume_constant_result`, without importing the compiler for it
+on_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -12,11 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from models.kernels.hopper import attention_long
 from models.kernels.hopper.attention import HEAD_DIM
-from models.kernels.launch import on_hopper
+from models.kernels.launch import on_hopper, operation
 
 MIN_TOKENS = 129  # fewer: models.kernels.attention
 
@@ -53,7 +52,7 @@ def backward_sums(out: Tensor, dout: Tensor, lse: Tensor, heads: int, padded: in
     return sums
 
 
-@custom_op("loopwright::long_attention", mutates_args=())
+@operation("loopwright::long_attention")
 def _attend(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, rope: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +70,7 @@ def _(
     return out, qkv.new_empty(lse, dtype=torch.float32), qkv.new_empty(turned)
 
 
-@custom_op("loopwright::long_attention_backward", mutates_args=())
+@operation("loopwright::long_attention_backward")
 def _attend_backward(
     qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, lse: Tensor, turned: Tensor, dout: Tensor,
     heads: int, rope: bool,

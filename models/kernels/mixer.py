@@ -15,10 +15,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from models.kernels.hopper import mixer as hopper_mixer
-from models.kernels.launch import fast, next_power, on_hopper, precision, sigmoid
+from models.kernels.launch import fast, next_power, on_hopper, operation, precision, sigmoid
 
 MAX_TOKENS = 128
 USE_HOPPER = True  # whether Hopper's own kernels are taken where they can be
@@ -173,7 +172,7 @@ def on_hopper_kernel(x: Tensor, inner: int) -> bool:
     return USE_HOPPER and hopper_mixer.takes(x, inner) and on_hopper(x.device.index)
 
 
-@custom_op("loopwright::token_mixer", mutates_args=())
+@operation("loopwright::token_mixer")
 def _mix(
     x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, hopper: bool, normed: bool
 ) -> tuple[Tensor, Tensor]:
@@ -203,7 +202,7 @@ def _(
     return torch.empty_like(x), x.new_empty(shape, dtype=torch.float32)
 
 
-@custom_op("loopwright::token_mixer_backward", mutates_args=())
+@operation("loopwright::token_mixer_backward")
 def _mix_backward(
     x: Tensor,
     out: Tensor,

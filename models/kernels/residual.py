@@ -16,10 +16,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from models.kernels import hopper
-from models.kernels.launch import next_power, on_hopper
+from models.kernels.launch import next_power, on_hopper, operation
 from models.kernels.swiglu import cast_weights
 
 
@@ -93,7 +92,7 @@ def inverse_rms(parts: Tensor, inner: int, eps: float) -> Tensor:
     return out
 
 
-@custom_op("loopwright::linear_norm", mutates_args=())
+@operation("loopwright::linear_norm")
 def _linear_norm(
     x: Tensor, weight: Tensor, r: Tensor, eps: float, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -107,7 +106,7 @@ def _(x: Tensor, weight: Tensor, r: Tensor, eps: float, save: bool) -> tuple[Ten
     return torch.empty_like(r), r.new_empty(r.shape[:-1] if save else (1,), dtype=torch.float32)
 
 
-@custom_op("loopwright::linear_norm_backward", mutates_args=())
+@operation("loopwright::linear_norm_backward")
 def _linear_norm_backward(
     x: Tensor, weight: Tensor, out: Tensor, factors: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +162,7 @@ def linear_norm(
     return _linear_norm(x, half, r, eps, False)[0]
 
 
-@custom_op("loopwright::linear_beside_backward", mutates_args=())
+@operation("loopwright::linear_beside_backward")
 def _linear_beside_backward(
     x: Tensor, half_t: Tensor, dx: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -204,7 +203,7 @@ def linear_beside(x: Tensor, weight: Tensor, half: Tensor, half_t: Tensor) -> tu
     return _LinearBeside.apply(x.contiguous(), weight, half, half_t)
 
 
-@custom_op("loopwright::swiglu_norm", mutates_args=())
+@operation("loopwright::swiglu_norm")
 def _swiglu_norm(
     x: Tensor, gate_up: Tensor, down: Tensor, eps: float, save: bool, normed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -236,7 +235,7 @@ def _(
     return torch.empty_like(x), x.new_empty(wide), rows, inside
 
 
-@custom_op("loopwright::swiglu_norm_backward", mutates_args=())
+@operation("loopwright::swiglu_norm_backward")
 def _swiglu_norm_backward(
     x: Tensor, wide: Tensor, out: Tensor, factors: Tensor, scales: Tensor | None, dout: Tensor,
     gate_up: Tensor, down_t: Tensor,

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from models.kernels import hopper
-from models.kernels.launch import fast, on_hopper, precision, sigmoid
+from models.kernels.launch import fast, on_hopper, operation, precision, sigmoid
 
 
 @triton.jit
@@ -73,7 +72,7 @@ def forward_kernel(
 _FORWARD = {"BM": 128, "BN": 64, "BK": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3}
 
 
-@custom_op("loopwright::linear_swiglu", mutates_args=())
+@operation("loopwright::linear_swiglu")
 def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
     """silu(x Wgᵀ) ⊙ (x Wuᵀ), without a gradient.
 
@@ -99,7 +98,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
 
 
-@custom_op("loopwright::swiglu_mlp", mutates_args=())
+@operation("loopwright::swiglu_mlp")
 def _mlp(x: Tensor, gate_up: Tensor, down: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     """y (..., K) and, if `save`, gate | up (..., 2 J)."""
     h, wide = hopper.linear_swiglu(x, gate_up, save)
@@ -112,7 +111,7 @@ def _(x: Tensor, gate_up: Tensor, down: Tensor, save: bool) -> tuple[Tensor, Ten
     return x.new_empty((*x.shape[:-1], down.shape[0])), x.new_empty(wide)
 
 
-@custom_op("loopwright::swiglu_mlp_backward", mutates_args=())
+@operation("loopwright::swiglu_mlp_backward")
 def _mlp_backward(
     x: Tensor, wide: Tensor, dy: Tensor, gate_up: Tensor, down_t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
