@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data import DatasetConfig, DatasetInfo, dataset_info
-from models import ModelDims
+from models import ModelDims, published
 from models.files import HUB
 from training import checkpoint
 from training.config import EvaluateConfig, RunConfig, validate, validate_data
@@ -50,16 +50,21 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     if config.checkpoint is None:
         raise ConfigError("checkpoint is missing; give checkpoint=runs/NAME, or checkpoint=latest")
     found = find_checkpoint(config.checkpoint, Path(config.runs_dir))
+    is_published = published.is_published(found.path)
     if isinstance(found, Resume):
+        if found.path.is_file():
+            raise ConfigError(
+                f"{found.path} is a packed state, to go on with: pretrain.py load_checkpoint=…"
+            )
+        found = _best(found) if config.which == "best" else found
         trained, dims = _of_checkpoint(config, found)
-        if config.which == "best":
-            found = _best(found)
-            trained, dims = _of_checkpoint(config, found)
+    elif is_published:
+        trained, dims = _of_published(config, found)
     else:
         trained, dims = _of_file(config, found)
     check_device(config.device)
     there = found.run_dir if isinstance(found, Resume) else found.path.parent
-    if config.checkpoint.startswith(HUB):
+    if config.checkpoint.startswith(HUB) or is_published:
         there = Path()  # not among the downloads
     output_dir = Path(config.output_dir) if config.output_dir else there
     if config.eval.thinks and World.from_environment().size > 1:
@@ -102,18 +107,34 @@ def _of_checkpoint(config: EvaluateConfig, found: Resume) -> tuple[RunConfig, Mo
     """How the checkpoint was trained, with the given keys of `arch` on top."""
     if config.weights == "ema" and "ema.safetensors" not in found.index["files"]:
         raise ConfigError(f"{found.path} has no EMA weights; use weights=model")
-    saved, given = found.index["config"], config.arch or {}
+    return _trained(config, found.path, found.index), ModelDims(**found.index["dims"])
+
+
+def _of_published(config: EvaluateConfig, found: WarmStart) -> tuple[RunConfig, ModelDims]:
+    """The same of published weights, which say all that a checkpoint's index does."""
+    from models import ModelError
+
+    try:
+        index = published.read_index(found.path)
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
+    return _trained(config, found.path, index), ModelDims(**index["dims"])
+
+
+def _trained(config: EvaluateConfig, path: Path, index: dict[str, Any]) -> RunConfig:
+    """The run that the weights in `path` are from, with the given keys of `arch` on top."""
+    saved, given = index["config"], config.arch or {}
     if "name" in given:
         raise ConfigError(
-            f"arch={given['name']} is not possible: {found.path} says what its model is; give "
+            f"arch={given['name']} is not possible: {path} says what its model is; give "
             "single keys, such as arch.halt_max_steps"
         )
     arch = validate(RunConfig, saved).arch.portable().model_dump(mode="json")
     trained: RunConfig = validate(RunConfig, {**saved, "arch": {**arch, **given}})
     trained.arch.check_machine()
     if fixed := sorted(given.keys() - trained.arch.tunable - {"forward_dtype"}):
-        raise ConfigError(f"arch.{fixed[0]} cannot differ from what {found.path} was trained with")
-    return trained, ModelDims(**found.index["dims"])
+        raise ConfigError(f"arch.{fixed[0]} cannot differ from what {path} was trained with")
+    return trained
 
 
 def _of_file(config: EvaluateConfig, found: WarmStart) -> tuple[RunConfig, ModelDims]:
@@ -193,6 +214,8 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
             configure_compiler()
             model.compile_levels(job.batch_size if config.compile == "auto" else None)
         step = found.index["step"] if isinstance(found, Resume) else None
+        if published.is_published(found.path):
+            step = published.read_index(found.path)["step"]
         logger.info("checkpoint %s: step %s, %s weights", found.path,
                     "unknown" if step is None else step, config.weights.upper())  # fmt: skip
         logger.info("device %s", device_name(device))
