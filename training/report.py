@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data import DatasetConfig, DatasetInfo, dataset_info
 from models import ModelDims, published
@@ -17,6 +17,10 @@ from training.config import EvaluateConfig, RunConfig, validate, validate_data
 from training.errors import ConfigError
 from training.resolve import World, check_device
 from training.resume import Resume, WarmStart, find_checkpoint
+
+if TYPE_CHECKING:
+    from data import PuzzleDataset
+    from models import ACT
 
 logger = logging.getLogger(__name__)
 
@@ -182,8 +186,18 @@ def _best(found: Resume) -> Resume:
     return Resume(path, checkpoint.read_index(path))
 
 
-def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
-    """Build the model, load its weights, evaluate, write the report; returns it."""
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint's model on its device, and what evaluating it takes."""
+
+    act: ACT
+    dataset: PuzzleDataset
+    step: int | None
+    how: dict[str, Any]  # batch_size, seed, device, steps: arguments of evaluations
+
+
+def load(job: ResolvedEvaluation) -> Loaded:
+    """Build the model and load its weights."""
     from data import read_dataset
     from models import ACT, build_model, kernels
     from models.pretrained import load_tensors
@@ -192,10 +206,36 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
         choose_device,
         configure_compiler,
         device_name,
-        memory_advice,
         set_determinism,
         wants_compile,
     )
+
+    config, found = job.config, job.checkpoint
+    device = choose_device(config.device, job.world.local_rank)
+    set_determinism(device)
+    model = build_model(job.trained.arch, job.dims, seed=0, device=device)
+    model.load_state_dict(load_tensors(found.path, config.weights)[3])
+    if config.kernels == "off":
+        kernels.switch_off()
+    if wants_compile(config.compile, device):
+        configure_compiler()
+        model.compile_levels(job.batch_size if config.compile == "auto" else None)
+    step = found.index["step"] if isinstance(found, Resume) else None
+    if published.is_published(found.path):
+        step = published.read_index(found.path)["step"]
+    logger.info("checkpoint %s: step %s, %s weights", found.path,
+                "unknown" if step is None else step, config.weights.upper())  # fmt: skip
+    logger.info("device %s", device_name(device))
+    act = ACT(model)
+    graphed = config.cuda_graph == "auto" and job.world.size == 1
+    steps = ACTSteps(act, device, graphed=graphed)
+    how = {"batch_size": job.batch_size, "seed": config.seed, "device": device, "steps": steps}
+    return Loaded(act, read_dataset(job.dataset_path, "test"), step, how)
+
+
+def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
+    """Build the model, load its weights, evaluate, write the report; returns it."""
+    from training.device import memory_advice
     from training.evaluation import evaluate, table
     from training.ranks import joined
     from training.thinking import think_harder
@@ -203,39 +243,21 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     if job.world.rank > 0:  # the first rank speaks for all
         logging.getLogger().setLevel(logging.WARNING)
     config, found = job.config, job.checkpoint
-    device = choose_device(config.device, job.world.local_rank)
-    set_determinism(device)
     with memory_advice(job.trained):
-        model = build_model(job.trained.arch, job.dims, seed=0, device=device)
-        model.load_state_dict(load_tensors(found.path, config.weights)[3])
-        if config.kernels == "off":
-            kernels.switch_off()
-        if wants_compile(config.compile, device):
-            configure_compiler()
-            model.compile_levels(job.batch_size if config.compile == "auto" else None)
-        step = found.index["step"] if isinstance(found, Resume) else None
-        if published.is_published(found.path):
-            step = published.read_index(found.path)["step"]
-        logger.info("checkpoint %s: step %s, %s weights", found.path,
-                    "unknown" if step is None else step, config.weights.upper())  # fmt: skip
-        logger.info("device %s", device_name(device))
-        options = {"batch_size": job.batch_size, "seed": config.seed, "device": device,
-                   "output_dir": job.output_dir}  # fmt: skip
-        dataset = read_dataset(job.dataset_path, "test")
-        act = ACT(model)
-        graphed = config.cuda_graph == "auto" and job.world.size == 1
-        options["steps"] = ACTSteps(act, device, graphed=graphed)
+        loaded = load(job)
+        parts = loaded.act, loaded.dataset, config.eval
+        options = {**loaded.how, "output_dir": job.output_dir}
         if config.eval.thinks:
-            found_out = think_harder(act, dataset, config.eval, **options)
+            found_out = think_harder(*parts, **options)
             text = _thinking_table(found_out)
         else:
             with joined(job.world) as ranks:
-                reports = evaluate(act, dataset, config.eval, ranks=ranks, **options)
+                reports = evaluate(*parts, ranks=ranks, **options)
             found_out = {name: r.values() for name, r in reports.items()}
             text = table(reports)
     report = {
         "checkpoint": str(found.path),
-        "step": step,
+        "step": loaded.step,
         "weights": config.weights,
         "dataset": str(job.dataset_path),
         "eval": config.eval.model_dump(mode="json"),

@@ -19,7 +19,7 @@ from training.weights import check_weights_file
 
 logger = logging.getLogger(__name__)
 
-_STARTING = ("load_checkpoint", "resume")  # keys that say what this sitting begins from
+_STARTING = ("load_checkpoint", "resume", "stop_at")  # where this sitting begins and ends
 
 
 @dataclass(frozen=True)
