@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from models import ARCHITECTURES, files
+from models import ARCHITECTURES, files, published
 from models.act import ACT
 from models.build import build_model
 from models.config import ModelDims, ReasoningConfig
@@ -188,7 +188,14 @@ Described = tuple[str, dict[str, Any], ModelDims, dict[str, Tensor]]
 
 
 def load_tensors(path: Path, weights: str = "ema") -> Described:
-    """What a run folder, a checkpoint folder or a file holds; `weights` are "ema" or "model"."""
+    """What a run folder, a checkpoint folder or a file holds; `weights` are "ema" or "model".
+
+    Of published weights there is one kind only.
+    """
+    if published.is_published(path):
+        index = published.read_index(path)
+        fields = dict(index["config"]["arch"])
+        return fields.pop("name"), fields, ModelDims(**index["dims"]), published.read(path)
     checkpoint = _checkpoint_folder(path)
     if checkpoint is not None:
         return _read_checkpoint(checkpoint, weights)
@@ -219,7 +226,7 @@ def describe_file(path: Path, weights: str = "ema") -> Described:
 
 def _checkpoint_folder(path: Path) -> Path | None:
     """The checkpoint in `path`: itself, or the newest one of a run folder; None: it has none."""
-    if (path / "index.json").is_file():
+    if (path / "index.json").is_file() and not published.is_published(path):
         return path
     found = sorted(p.parent for p in path.glob("checkpoints/step_*/index.json"))
     return found[-1] if found else None

@@ -59,6 +59,9 @@ class ThinkConfig(EvalConfig):
     random_init: bool = Field(False, description="further trajectories start from random states")
     augment: bool = Field(False, description="further trajectories see a symmetry of the puzzle")
     early_halt: bool = Field(False, description="rows end where the halting head says so")
+    confidence: float = Field(
+        0.5, gt=0, lt=1, description="how sure it must be for that; a puzzle then wants no more"
+    )
     select: Literal["halt", "convergence", "vote"] = Field(
         "halt", description="the answer: of the surest, the steadiest or the most trajectories"
     )
@@ -77,6 +80,8 @@ class ThinkConfig(EvalConfig):
                 f"breadth={self.breadth} trajectories would all be the same; set noise, "
                 "random_init=true or augment=true"
             )
+        if self.confidence != 0.5 and not self.early_halt:
+            raise ValueError("confidence needs early_halt=true")
         if self.breadth == 1 and varied:
             raise ValueError("noise, random_init and augment need breadth of 2 or more")
         return self
@@ -113,6 +118,10 @@ class RunConfig(Section):
     grad_accum: int = Field(1, ge=1, le=2**20, description="micro-batches that a step is cut into")
     epochs: Steps = Field(50000, ge=1, description="passes over the original puzzles")
     max_steps: Steps | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+
+    stop_at: Steps | None = Field(
+        None, ge=1, description="end this sitting after that step; the schedule stays max_steps'"
+    )
 
     lr: float = Field(1e-4, ge=0, le=10, description="peak learning rate")
     lr_warmup_steps: Steps = Field(2000, ge=0, description="linear warm-up, in steps")

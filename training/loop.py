@@ -140,6 +140,7 @@ class Trainer:
             logger.info("the run is complete: %d of %d steps", state.step, run.total_steps)
         if state.step == 0 and not isinstance(run.resume, Resume):
             self._save()  # so that there is a state to resume from the first moment on
+        last = min(run.total_steps, config.stop_at or run.total_steps)
         stop = StopSignal(self.ranks)
         progress = tqdm(
             total=run.total_steps, initial=state.step, desc="training", unit="step",
@@ -148,7 +149,7 @@ class Trainer:
         )  # fmt: skip
         clock = time.perf_counter()
         try:
-            while state.step < run.total_steps and not stop.agreed():
+            while state.step < last and not stop.agreed():
                 train_step(state, config, run.total_steps)
                 progress.update()
                 if state.step % config.log_interval == 0 or state.step == run.total_steps:
@@ -326,9 +327,9 @@ class Trainer:
             logger.warning("the curves could not be drawn (%s)", error)
         if self.logger is not None:
             self.logger.close({k: v for k, v in summary.items() if k != "sets"})
-        if signal_name is not None and not finished:
-            logger.info("%s: stopped after step %d of %d, everything is saved", signal_name,
-                        state.step, run.total_steps)  # fmt: skip
+        if not finished:
+            logger.info("%s: stopped after step %d of %d, everything is saved",
+                        signal_name or "stop_at", state.step, run.total_steps)  # fmt: skip
         else:
             logger.info("finished: %d steps in %.1f s", state.step, self.seconds)
         more = () if not finished else (f"max_steps={2 * run.total_steps}",)

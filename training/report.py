@@ -8,16 +8,20 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data import DatasetConfig, DatasetInfo, dataset_info
-from models import ModelDims
+from models import ModelDims, published
 from models.files import HUB
 from training import checkpoint
 from training.config import EvaluateConfig, RunConfig, validate, validate_data
 from training.errors import ConfigError
 from training.resolve import World, check_device
 from training.resume import Resume, WarmStart, find_checkpoint
+
+if TYPE_CHECKING:
+    from data import PuzzleDataset
+    from models import ACT
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +55,21 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     if config.checkpoint is None:
         raise ConfigError("checkpoint is missing; give checkpoint=runs/NAME, or checkpoint=latest")
     found = find_checkpoint(config.checkpoint, Path(config.runs_dir))
+    is_published = published.is_published(found.path)
     if isinstance(found, Resume):
+        if found.path.is_file():
+            raise ConfigError(
+                f"{found.path} is a packed state, to go on with: pretrain.py load_checkpoint=…"
+            )
+        found = _best(found) if config.which == "best" else found
         trained, dims = _of_checkpoint(config, found)
-        if config.which == "best":
-            found = _best(found)
-            trained, dims = _of_checkpoint(config, found)
+    elif is_published:
+        trained, dims = _of_published(config, found)
     else:
         trained, dims = _of_file(config, found)
     check_device(config.device)
     there = found.run_dir if isinstance(found, Resume) else found.path.parent
-    if config.checkpoint.startswith(HUB):
+    if config.checkpoint.startswith(HUB) or is_published:
         there = Path()  # not among the downloads
     output_dir = Path(config.output_dir) if config.output_dir else there
     if config.eval.thinks and World.from_environment().size > 1:
@@ -103,18 +112,34 @@ def _of_checkpoint(config: EvaluateConfig, found: Resume) -> tuple[RunConfig, Mo
     """How the checkpoint was trained, with the given keys of `arch` on top."""
     if config.weights == "ema" and "ema.safetensors" not in found.index["files"]:
         raise ConfigError(f"{found.path} has no EMA weights; use weights=model")
-    saved, given = found.index["config"], config.arch or {}
+    return _trained(config, found.path, found.index), ModelDims(**found.index["dims"])
+
+
+def _of_published(config: EvaluateConfig, found: WarmStart) -> tuple[RunConfig, ModelDims]:
+    """The same of published weights, which say all that a checkpoint's index does."""
+    from models import ModelError
+
+    try:
+        index = published.read_index(found.path)
+    except ModelError as error:
+        raise ConfigError(str(error)) from None
+    return _trained(config, found.path, index), ModelDims(**index["dims"])
+
+
+def _trained(config: EvaluateConfig, path: Path, index: dict[str, Any]) -> RunConfig:
+    """The run that the weights in `path` are from, with the given keys of `arch` on top."""
+    saved, given = index["config"], config.arch or {}
     if "name" in given:
         raise ConfigError(
-            f"arch={given['name']} is not possible: {found.path} says what its model is; give "
+            f"arch={given['name']} is not possible: {path} says what its model is; give "
             "single keys, such as arch.halt_max_steps"
         )
     arch = validate(RunConfig, saved).arch.portable().model_dump(mode="json")
     trained: RunConfig = validate(RunConfig, {**saved, "arch": {**arch, **given}})
     trained.arch.check_machine()
     if fixed := sorted(given.keys() - trained.arch.tunable - {"forward_dtype"}):
-        raise ConfigError(f"arch.{fixed[0]} cannot differ from what {found.path} was trained with")
-    return trained, ModelDims(**found.index["dims"])
+        raise ConfigError(f"arch.{fixed[0]} cannot differ from what {path} was trained with")
+    return trained
 
 
 def _of_file(config: EvaluateConfig, found: WarmStart) -> tuple[RunConfig, ModelDims]:
@@ -162,8 +187,18 @@ def _best(found: Resume) -> Resume:
     return Resume(path, checkpoint.read_index(path))
 
 
-def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
-    """Build the model, load its weights, evaluate, write the report; returns it."""
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint's model on its device, and what evaluating it takes."""
+
+    act: ACT
+    dataset: PuzzleDataset
+    step: int | None
+    how: dict[str, Any]  # batch_size, seed, device, steps: arguments of evaluations
+
+
+def load(job: ResolvedEvaluation) -> Loaded:
+    """Build the model and load its weights."""
     from data import read_dataset
     from models import ACT, build_model, kernels
     from models.pretrained import load_tensors
@@ -172,10 +207,35 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
         choose_device,
         compile_model,
         device_name,
-        memory_advice,
         set_determinism,
         wants_compile,
     )
+
+    config, found = job.config, job.checkpoint
+    device = choose_device(config.device, job.world.local_rank)
+    set_determinism(device)
+    model = build_model(job.trained.arch, job.dims, seed=0, device=device)
+    model.load_state_dict(load_tensors(found.path, config.weights)[3])
+    if config.kernels == "off":
+        kernels.switch_off()
+    if wants_compile(config.compile, device):
+        compile_model(model, config.compile, job.batch_size)
+    step = found.index["step"] if isinstance(found, Resume) else None
+    if published.is_published(found.path):
+        step = published.read_index(found.path)["step"]
+    logger.info("checkpoint %s: step %s, %s weights", found.path,
+                "unknown" if step is None else step, config.weights.upper())  # fmt: skip
+    logger.info("device %s", device_name(device))
+    act = ACT(model)
+    graphed = config.cuda_graph == "auto" and job.world.size == 1
+    steps = ACTSteps(act, device, graphed=graphed)
+    how = {"batch_size": job.batch_size, "seed": config.seed, "device": device, "steps": steps}
+    return Loaded(act, read_dataset(job.dataset_path, "test"), step, how)
+
+
+def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
+    """Build the model, load its weights, evaluate, write the report; returns it."""
+    from training.device import memory_advice
     from training.evaluation import evaluate, table
     from training.ranks import joined
     from training.thinking import think_harder
@@ -183,38 +243,23 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     if job.world.rank > 0:  # the first rank speaks for all
         logging.getLogger().setLevel(logging.WARNING)
     config, found = job.config, job.checkpoint
-    device = choose_device(config.device, job.world.local_rank)
-    set_determinism(device)
     with memory_advice(job.trained):
-        model = build_model(job.trained.arch, job.dims, seed=0, device=device)
-        model.load_state_dict(load_tensors(found.path, config.weights)[3])
-        if config.kernels == "off":
-            kernels.switch_off()
-        if wants_compile(config.compile, device):
-            compile_model(model, config.compile, job.batch_size)
-        step = found.index["step"] if isinstance(found, Resume) else None
-        logger.info("checkpoint %s: step %s, %s weights", found.path,
-                    "unknown" if step is None else step, config.weights.upper())  # fmt: skip
-        logger.info("device %s", device_name(device))
-        options = {"batch_size": job.batch_size, "seed": config.seed, "device": device,
-                   "output_dir": job.output_dir}  # fmt: skip
-        dataset = read_dataset(job.dataset_path, "test")
-        act = ACT(model)
-        graphed = config.cuda_graph == "auto" and job.world.size == 1
-        options["steps"] = ACTSteps(act, device, graphed=graphed)
+        loaded = load(job)
+        parts = loaded.act, loaded.dataset, config.eval
+        options = {**loaded.how, "output_dir": job.output_dir}
         began = time.perf_counter()
         if config.eval.thinks:
-            found_out = think_harder(act, dataset, config.eval, **options)
+            found_out = think_harder(*parts, **options)
             text = _thinking_table(found_out)
         else:
             with joined(job.world) as ranks:
-                reports = evaluate(act, dataset, config.eval, ranks=ranks, **options)
+                reports = evaluate(*parts, ranks=ranks, **options)
             found_out = {name: r.values() for name, r in reports.items()}
             text = table(reports)
     seconds = time.perf_counter() - began
     report = {
         "checkpoint": str(found.path),
-        "step": step,
+        "step": loaded.step,
         "weights": config.weights,
         "dataset": str(job.dataset_path),
         "eval": config.eval.model_dump(mode="json"),

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from data import DatasetConfig, DatasetInfo
-from models import files
-from training import checkpoint
+from models import files, published
+from training import checkpoint, packing
 from training.config import CheckpointKeys, RunConfig, validate
 from training.errors import ConfigError, nearest
 from training.run_folder import run_before_restart
@@ -19,14 +19,14 @@ from training.weights import check_weights_file
 
 logger = logging.getLogger(__name__)
 
-_STARTING = ("load_checkpoint", "resume")  # keys that say what this sitting begins from
+_STARTING = ("load_checkpoint", "resume", "stop_at")  # where this sitting begins and ends
 
 
 @dataclass(frozen=True)
 class Resume:
     """A whole training state to go on from."""
 
-    path: Path  # the checkpoint's folder
+    path: Path  # the checkpoint's folder, or the file of a packed state
     index: dict[str, Any]
     changes: tuple[str, ...] = field(default=())  # "key: old → new"
 
@@ -75,7 +75,7 @@ class Resume:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A file of weights: a new run starts from them, at step 0."""
+    """A file or folder of weights: a new run starts from them, at step 0."""
 
     path: Path
 
@@ -88,6 +88,10 @@ def find_checkpoint(text: str, runs_dir: Path) -> Resume | WarmStart:
         path = _latest_run(runs_dir) if text == "latest" else Path(text).expanduser()
     if not (path / "config.yaml").exists() and path.is_dir():
         path = files.newest_file(path) or path  # a run folder of the ancestors
+    if published.is_published(path):
+        return WarmStart(path)
+    if path.is_file() and packing.is_packed(path):
+        return Resume(path.resolve(), packing.read_index(path))
     if path.is_file():
         check_weights_file(path)
         return WarmStart(path)

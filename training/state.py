@@ -18,6 +18,7 @@ from models import ACT, Carry, build_model
 from models.legacy import resize_puzzles
 from optim import EMA, SparseSignSGD
 from optim.base import DeviceOptimizer
+from training import packing
 from training.buckets import GradientBuckets
 from training.checkpoint import read_tensors
 from training.errors import ConfigError
@@ -163,21 +164,33 @@ class TrainState:
 
         The checkpoint may be of any number of ranks.
         """
+        packed = resume.path.is_file()
         for stem, tensors in self.files().items():
-            rows = self.loader.local if self.ranks.size > 1 else None
-            saved = read_tensors(resume.path, stem, rows if stem == "carry" else None, _is_row)
-            saved = {k: self._own_sum(k, v) if self.is_own(stem, k) else v
-                     for k, v in saved.items()}  # fmt: skip
-            _copy_all(tensors, saved, f"{resume.path / stem}.safetensors")
+            if packed and stem == "carry":  # stays as it is: every row takes new data
+                continue
+            saved = packing.read_tensors(resume.path, stem) if packed else self._saved(resume, stem)
+            source = f"{resume.path}, {stem}" if packed else f"{resume.path / stem}.safetensors"
+            _copy_all(tensors, saved, source)
         self.step = int(resume.index["step"])
         self.step_counter.fill_(self.step)
         logger.info("restored from %s:", resume.path)
-        logger.info("  step %d, parameters, optimizer states (%s), EMA %s, carry, metric sums",
-                    self.step, ", ".join(self.optimizers), "yes" if self.ema else "no")  # fmt: skip
+        logger.info("  step %d, parameters, optimizer states (%s), EMA %s%s", self.step,
+                    ", ".join(self.optimizers), "yes" if self.ema else "no",
+                    "" if packed else ", carry, metric sums")  # fmt: skip
+        if packed:
+            logger.info("  a packed state: moments and averages were rounded to %s, the carry is "
+                        "new, so every row starts on a puzzle of this step",
+                        resume.index["rounded"])  # fmt: skip
         for change in resume.changes:
             logger.info("  changed on the command line: %s", change)
         if not resume.changes:
             logger.info("  no setting was changed")
+
+    def _saved(self, resume: Resume, stem: str) -> dict[str, Tensor]:
+        """The tensors of one of the checkpoint's files, of which only this rank's rows."""
+        rows = self.loader.local if self.ranks.size > 1 else None
+        saved = read_tensors(resume.path, stem, rows if stem == "carry" else None, _is_row)
+        return {k: self._own_sum(k, v) if self.is_own(stem, k) else v for k, v in saved.items()}
 
     def _own_sum(self, name: str, saved: Tensor) -> Tensor:
         """This rank's part of a metric sum that was saved as one number per rank."""

@@ -13,10 +13,12 @@ halting head: PTRM; random initial states: EqR.
 from __future__ import annotations
 
 import csv
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,6 +150,7 @@ class Thinker:
                 raise ConfigError("eval.augment=true needs a dataset of Sudoku puzzles")
             self.augment = build_augmentation(task, seed=seed, device=self.device)
         self.random = torch.Generator(self.device).manual_seed(seed)
+        self.threshold = math.log(config.confidence) - math.log1p(-config.confidence)
 
     def run(self, name: str = "") -> Trajectories:
         """All trajectories that are wanted."""
@@ -197,8 +200,8 @@ class Thinker:
             told = torch.stack([t.float() for t in (carry.steps, output.q_halt, right, stable)])
             steps, q, right_host, stable_host = told.cpu().numpy()  # the step's one wait
             ended = steps >= self.depth
-            if self.config.early_halt:
-                ended |= q > 0
+            sure = self.config.early_halt & (q > self.threshold)
+            ended |= sure
             for k, depth in enumerate(depths):
                 at = busy & ((steps == depth) | (ended & (steps <= depth)))
                 found.right[puzzle[at], trajectory[at], k] = right_host[at] > 0
@@ -209,8 +212,7 @@ class Thinker:
                 found.answers[where] = answers[torch.from_numpy(over).to(self.device)].cpu().numpy()
                 found.stable[where] = stable_host[over]
                 found.steps[where] = steps[over]
-                if self.config.early_halt:
-                    content[puzzle[over[q[over] > 0]]] = True
+                content[puzzle[over[sure[over]]]] = True
                 puzzle[over] = -1
                 progress.update(len(over))
             carry = self._noisy(carry, trajectory)
@@ -262,7 +264,7 @@ class Thinker:
 
 
 @torch.no_grad()
-def think_harder(
+def explore(
     act: ACT,
     dataset: PuzzleDataset,
     config: ThinkConfig,
@@ -270,20 +272,14 @@ def think_harder(
     batch_size: int,
     seed: int,
     device: torch.device,
-    output_dir: Path,
     steps: Steps | None = None,
-) -> dict[str, dict[str, float]]:
-    """Evaluate every set with test-time compute; writes thinking-SET.csv, an accuracy curve.
+) -> Iterator[tuple[str, Trajectories, float]]:
+    """Run the trajectories of every set: its name, what was found out, and the seconds it took.
 
     `steps` takes the ACT steps in place of `act` itself.
-
-    Returns by set: count, exact_accuracy, plain_exact_accuracy (trajectory 0 at the depth of
-    training or the one asked for, whichever is less), ACT_steps (of a puzzle, all trajectories),
-    seconds_per_puzzle.
     """
     training = act.training
     act.eval()
-    reports = {}
     for name in dataset.sets:
         loader = EvalLoader(
             dataset, set_name=name, batch_size=batch_size, device=device,
@@ -291,7 +287,26 @@ def think_harder(
         )  # fmt: skip
         began = time.perf_counter()
         found = Thinker(act, dataset, loader, config, seed, steps).run(name)
-        seconds = time.perf_counter() - began
+        yield name, found, time.perf_counter() - began
+    act.train(training)
+
+
+def think_harder(
+    act: ACT,
+    dataset: PuzzleDataset,
+    config: ThinkConfig,
+    *,
+    output_dir: Path,
+    **how: Any,
+) -> dict[str, dict[str, float]]:
+    """Evaluate every set with test-time compute; writes thinking-SET.csv, an accuracy curve.
+
+    `how` goes to `explore`. Returns by set: count, exact_accuracy, plain_exact_accuracy
+    (trajectory 0 at the depth of training or the one asked for, whichever is less), ACT_steps (of
+    a puzzle, all trajectories), seconds_per_puzzle.
+    """
+    reports = {}
+    for name, found, seconds in explore(act, dataset, config, **how):
         trained = min(act.model.config.halt_max_steps, found.depths[-1])
         plain = max(k for k, depth in enumerate(found.depths) if depth <= trained)
         reports[name] = {
@@ -302,7 +317,6 @@ def think_harder(
             "seconds_per_puzzle": seconds / len(found.steps),
         }
         write_curve(output_dir / f"thinking-{name}.csv", found, config.select)
-    act.train(training)
     return reports
 
 

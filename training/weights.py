@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from models import ModelError, files
+from models import ModelError, files, published
+from models.legacy import ForeignState
 from training.errors import ConfigError
-
-if TYPE_CHECKING:
-    from models.legacy import ForeignState
 
 
 def check_weights_file(path: Path) -> None:
@@ -23,6 +20,8 @@ def check_weights_file(path: Path) -> None:
 def read_weights(path: Path) -> ForeignState:
     """The weights in a file under our names, whosever it is."""
     try:
+        if published.is_published(path):
+            return ForeignState(published.read(path))
         return files.read_file(path)
     except ModelError as error:
         raise ConfigError(str(error)) from None

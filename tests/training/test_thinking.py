@@ -66,6 +66,16 @@ def test_early_halting_ends_rows_and_keeps_their_answer(solver):
     assert (early.q_halt[halted, 0, -1] > 0).all()  # what a row ended with holds for later depths
 
 
+def test_a_surer_head_is_waited_for(solver):
+    early = think(solver, depth=5, early_halt=True)
+    surer = think(solver, depth=5, early_halt=True, confidence=0.8)
+    assert (surer.steps >= early.steps).all() and surer.steps.sum() > early.steps.sum()
+    ended = surer.steps[:, 0] < 5
+    assert (surer.q_halt[ended, 0, -1] > np.log(4) - 1e-5).all()  # a probability of 0.8
+    with pytest.raises(ValueError, match="needs early_halt"):
+        ThinkConfig(confidence=0.9)
+
+
 @pytest.mark.parametrize("how", [{"noise": 0.5}, {"random_init": True}, {"augment": True}])
 def test_further_trajectories_differ_and_come_again(solver, how):
     found, again = (think(solver, breadth=3, **how) for _ in range(2))
