@@ -97,6 +97,12 @@ class Ranks:
             return None
         return torch.cat(pieces).view(mine.dtype).view(-1, *mine.shape[1:])
 
+    def collect_pieces(self, mine: T) -> list[T]:
+        """What every rank has on rank 0, [] elsewhere; through the group `saving`."""
+        everyone: list[T | None] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(mine, everyone, dst=0, group=self.saving)
+        return everyone or []
+
     # On the device
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -200,7 +206,9 @@ def joined(
             world_size=world.size,
             timeout=timeout,
         )
-        yield Ranks(world.rank, world.size, timeout)
+        ranks = Ranks(world.rank, world.size, timeout)
+        yield ranks
+        dist.barrier(group=ranks.control)  # one that leaves early disturbs the others' end
         dist.destroy_process_group()
     except BaseException as error:
         ended = _Ending(store, world, seconds).of(error)
