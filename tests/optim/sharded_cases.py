@@ -1,0 +1,65 @@
+"""One rank of test_sharded.py: `python -m torch.distributed.run … sharded_cases.py`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from optim import AdamATan2, AdamMini, AdamW, Muon, ShardedOptimizer
+
+
+def model() -> nn.Module:
+    """The same on every rank."""
+    torch.manual_seed(0)
+    sizes = ((13, 200), (200, 96), (96, 160), (160, 7))
+    return nn.Sequential(*(nn.Linear(*size) for size in sizes)).double()
+
+
+def compare(cls: type, **options: object) -> None:
+    """Twenty steps of whole batches beside the same steps, rows and state shared out."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x = torch.randn(8, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    a, b = model(), model()
+    whole = cls(a.named_parameters(), lr=1e-3, **options)
+    shared = ShardedOptimizer(b.named_parameters(), cls, lr=1e-3, **options)
+    for step in range(20):
+        a(x).square().sum().backward()
+        norm, scale = whole.clip(1.0)
+        whole.step(grad_scale=scale)
+        whole.zero_grad()
+        if step % 2:  # the backward reduces; else the step does
+            shared.arm()
+        b(x[mine]).square().sum().backward()
+        other, scale = shared.clip(1.0)
+        shared.step(grad_scale=scale)
+        shared.zero_grad()
+        assert torch.allclose(norm, other, rtol=1e-9)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), cls.__name__
+    everyone = [None] * world
+    dist.all_gather_object(everyone, [q.detach().numpy().tobytes() for q in b.parameters()])
+    assert all(other == everyone[0] for other in everyone)
+    full = sum(t.numel() for state in whole.state.values() for t in state.values())
+    kept = sum(piece.tensor.numel() for piece in shared.pieces())
+    largest = max(sum(t.numel() for t in state.values()) for state in whole.state.values())
+    limit = full * (1 / world + 0.02) if shared.cut else max(full / world, largest) * 1.02
+    assert kept <= limit, f"{cls.__name__}: {kept} of {full}, allowed {limit}"
+    print(f"{cls.__name__} rank {rank}: {kept / full:.1%} of the state")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for kind in (AdamW, AdamATan2, AdamMini, Muon):
+        compare(kind)
+    dist.barrier()
+    dist.destroy_process_group()
