@@ -163,8 +163,22 @@ def test_joblib_gives_each_job_its_gpus(jobs_done, tmp_path, monkeypatch):
         launchers.JoblibLaunch(n_jobs=2, gpus_per_job=4)._environment(1)
 
 
+@pytest.mark.parametrize("package", ["joblib", "submitit", "ray"])
+def test_a_missing_package_is_named(monkeypatch, package):
+    monkeypatch.setattr(launchers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"hydra/launcher={package} needs the package {package}"):
+        launchers.make_launch(package, {})
+
+
+def test_ray_refuses_what_this_machine_does_not_have():
+    launch = launchers.RayLaunch("local", cpus_per_job=2, gpus_per_job=1)
+    with pytest.raises(ConfigError, match=r"gpus_per_job=1 is more than this machine's 0"):
+        launch._check({"CPU": 4.0})
+    launch._check({"CPU": 4.0, "GPU": 1.0})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit", "ray"])
 def test_a_sweep_killed_in_the_middle_and_restarted(tiny, tmp_path, launcher):
     """A 2 × 2 grid: what was finished is not run again; the table has four rows."""
     pytest.importorskip(launcher)
