@@ -2,13 +2,12 @@
 
 Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
 arXiv:1910.02054. Every rank keeps the moments of its share of the parameters only: gradients are
-reduce-scattered, the share is updated, parameters are all-gathered.
+reduced to the ranks that need them, the share is updated, parameters are gathered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +16,8 @@ from torch import Tensor
 
 from optim.base import DeviceOptimizer, Params
 from optim.clip import clip_scale
+from optim.shards import Bucket, by_kind, chunks, cut_anywhere, whole_tensors
 
-_BYTES = 8 << 20  # of a bucket that is cut anywhere
-_ALIGN = 256  # bytes between the starts of two tensors
 # torch 2.13 gives them new names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -34,25 +32,13 @@ class Piece(NamedTuple):
     start: int | None  # its first element in the flattened moment; None: the whole
 
 
-@dataclass
-class _Bucket:
-    """Tensors side by side in flat buffers of `world` equal regions, one for each rank."""
-
-    members: list[Tensor]
-    starts: list[int]  # first element of each
-    region: int  # elements
-    params: Tensor  # (world * region,); the members are views of it
-    grads: Tensor  # likewise; their gradients are views of it
-    mine: Tensor  # (region,) sums of gradients of this rank's region
-    local: list[tuple[Tensor, Tensor | None]]  # what is updated here; its member, if it is whole
-
-
 class ShardedOptimizer(torch.optim.Optimizer):
     """`ShardedOptimizer(model.parameters(), AdamW, lr=1e-3)` after `init_process_group`.
 
     Makes parameters and gradients views of flat buffers; gradients keep their addresses and are
     cleared in place. `step` reduces them, unless `arm` let the backward do so as they came, updates
     this rank's share and gathers the parameters. What is equal on all ranks before is after it.
+    Learning rates and other options may be changed in `param_groups`, as a scheduler does.
 
     Args:
         params: tensors, (name, tensor) pairs or groups: the same on every rank, equal in value.
@@ -65,7 +51,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         options: for `cls`.
 
     Raises:
-        ValueError: for a parameter that is not contiguous, or not on the device of the others.
+        ValueError: for a parameter that is not contiguous.
     """
 
     def __init__(
@@ -78,93 +64,54 @@ class ShardedOptimizer(torch.optim.Optimizer):
         mean: bool = False,
         **options: Any,
     ) -> None:
+        self.inner: torch.optim.Optimizer | None = None
+        self._buckets: list[Bucket] = []
+        super().__init__(params, dict(options))
         self.group, self.mean = group, mean
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.cut = getattr(cls, "elementwise", False) if cut is None else cut
-        super().__init__(params, dict(options))
-        self._buckets: list[_Bucket] = []
-        self._works: list[dist.Work] = []
+        self._works: list[list[dist.Work]] = []  # of each bucket that is being reduced
         self._armed = self._reduced = False
-        self._loads = [0] * self.world
-        inner = [self._share(g) for g in self.param_groups]
-        self.inner = cls([g for g in inner if g["params"]], **options) if any(
-            g["params"] for g in inner) else None  # fmt: skip
+        loads = [0] * self.world
+        shares = [self._share(g, loads) for g in self.param_groups]
+        self._numbers = [i for i, share in enumerate(shares) if share["params"]]
+        if self._numbers:
+            self.inner = cls([shares[i] for i in self._numbers], **options)
+        for group, own in self._pairs():
+            group |= {k: v for k, v in own.items() if k not in (*group, "params", "param_names")}
+        self._passed = [g.get("lr") for g in self.param_groups]
         self._missing = [len(b.members) for b in self._buckets]
 
-    # Layout
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is made: later, shares would no longer be equal. RuntimeError then."""
+        if self._buckets:
+            raise RuntimeError("give a ShardedOptimizer all of its parameters when it is made")
+        super().add_param_group(param_group)
 
-    def _share(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _share(self, group: dict[str, Any], loads: list[int]) -> dict[str, Any]:
         """Lay out the parameters of a group; returns the group of what this rank updates."""
         names = group.get("param_names") or [""] * len(group["params"])
         named = dict(zip(map(id, group["params"]), names, strict=True))
         local: list[tuple[str, Tensor]] = []
-        for members in _by_kind(group["params"]):
-            for some in _chunks(members[::-1]) if self.cut else [members]:
-                bucket = self._lay_out(some)
+        for members in by_kind(group["params"]):
+            if self.cut:  # the last ones first: their gradients are there first
+                found = [cut_anywhere(c, self.rank, self.world) for c in chunks(members[::-1])]
+            else:
+                found = [whole_tensors(members, self.rank, self.world, loads)]
+            for bucket in found:
+                self._add(bucket)
                 for part, member in bucket.local:
                     local.append(("" if member is None else named[id(member)], part))
         named_all = all(name for name, _ in local)
         own = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         return {**own, "params": local if named_all else [part for _, part in local]}
 
-    def _lay_out(self, members: list[Tensor]) -> _Bucket:
-        first = members[0]
-        rooms = [_room(p) for p in members]
-        if self.cut:
-            total = sum(rooms)
-            region = _round(-(-total // self.world), first.element_size())
-            starts = [sum(rooms[:i]) for i in range(len(rooms))]
-            owners = None
-        else:
-            owners, fill = [0] * len(members), [0] * self.world
-            starts = [0] * len(members)
-            for i in sorted(range(len(members)), key=lambda i: -rooms[i]):
-                owners[i] = min(range(self.world), key=lambda r: (self._loads[r], r))
-                starts[i] = fill[owners[i]]
-                fill[owners[i]] += rooms[i]
-                self._loads[owners[i]] += rooms[i]
-            region = max(fill)
-            starts = [o * region + s for o, s in zip(owners, starts, strict=True)]
-        flat = torch.zeros(self.world * region, dtype=first.dtype, device=first.device)
-        grads, mine = torch.zeros_like(flat), torch.zeros_like(flat[:region])
+    def _add(self, bucket: Bucket) -> None:
         number = len(self._buckets)
-        for p, start in zip(members, starts, strict=True):
-            self._take(p, flat[start : start + p.numel()], grads, start, number)
-        bucket = _Bucket(members, starts, region, flat, grads, mine, [])
-        bucket.local = self._local(bucket, owners)
         self._buckets.append(bucket)
-        return bucket
-
-    @torch.no_grad()
-    def _take(self, p: Tensor, place: Tensor, grads: Tensor, start: int, number: int) -> None:
-        if not p.is_contiguous():
-            raise ValueError(f"a parameter of shape {tuple(p.shape)} is not contiguous")
-        place.copy_(p.reshape(-1))
-        p.data = place.view(p.shape)
-        p.grad = grads[start : start + p.numel()].view(p.shape)
-        p.register_post_accumulate_grad_hook(lambda _: self._ready(number))
-
-    def _local(
-        self, bucket: _Bucket, owners: list[int] | None
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Views of this rank's region, with their gradients: all of it, or whole tensors."""
-        low = self.rank * bucket.region
-        if owners is None:
-            end = bucket.starts[-1] + bucket.members[-1].numel()
-            size = min(bucket.region, end - low)
-            places = [(low, size, (size,), None)] if size > 0 else []
-        else:
-            places = [
-                (start, p.numel(), p.shape, p)
-                for p, start, owner in zip(bucket.members, bucket.starts, owners, strict=True)
-                if owner == self.rank
-            ]
-        found = []
-        for start, size, shape, member in places:
-            part = bucket.params[start : start + size].view(shape)
-            part.grad = bucket.mine[start - low : start - low + size].view(shape)
-            found.append((part, member))
-        return found
+        bucket.take()
+        for index, p in enumerate(bucket.members):
+            p.register_post_accumulate_grad_hook(lambda _, i=index: self._ready(number, i))
 
     # Gradients
 
@@ -174,7 +121,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._works = []
         self._armed, self._reduced = True, False
 
-    def _ready(self, number: int) -> None:
+    def _ready(self, number: int, index: int) -> None:
+        self._buckets[number].mend(index)
         if self._armed:
             self._missing[number] -= 1
             while len(self._works) < len(self._buckets) and not self._missing[len(self._works)]:
@@ -182,16 +130,33 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _launch(self) -> None:
         bucket = self._buckets[len(self._works)]
-        work = _reduce_scatter(bucket.mine, bucket.grads, group=self.group, async_op=True)
-        self._works.append(work)
+        for index in range(len(bucket.members)):
+            bucket.mend(index)
+        if self.cut:
+            works = [_reduce_scatter(bucket.mine, bucket.grads, group=self.group, async_op=True)]
+        else:
+            works = self._with_owners(bucket, bucket.grads, dist.reduce)
+        self._works.append(works)
+
+    def _with_owners(
+        self, bucket: Bucket, flat: Tensor, collective: Callable[..., dist.Work]
+    ) -> list[dist.Work]:
+        """Reduce every rank's region to it, or broadcast it from there."""
+        works = []
+        for rank, part in enumerate(flat.split(bucket.regions)):
+            if part.numel():
+                root = rank if self.group is None else dist.get_global_rank(self.group, rank)
+                works.append(collective(part, root, group=self.group, async_op=True))
+        return works
 
     def finish(self) -> None:
         """Reduce what the backward has not, and let the current stream wait for it."""
         self._armed, self._reduced = False, True
         while len(self._works) < len(self._buckets):
             self._launch()
-        for work, bucket in zip(self._works, self._buckets, strict=True):
-            work.wait()
+        for works, bucket in zip(self._works, self._buckets, strict=True):
+            for work in works:
+                work.wait()
             if self.mean:
                 bucket.mine.div_(self.world)
         self._works = []
@@ -227,6 +192,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             group["lr"] = value
         if isinstance(self.inner, DeviceOptimizer):
             self.inner.set_lr(value)
+            self._passed = [value] * len(self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, **settings: Any) -> float | None:
@@ -244,24 +210,63 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if not self._reduced:
             self.finish()
         if self.inner is not None:
-            self._pass_options()
+            self._pass_options(self.inner)
             self.inner.step(**settings)
         works = []
         for b in self._buckets:
-            mine = b.params[self.rank * b.region : (self.rank + 1) * b.region]
-            works.append(_all_gather(b.params, mine, group=self.group, async_op=True))
+            if self.cut:
+                mine = b.params[b.start(self.rank) : b.start(self.rank + 1)]
+                works.append(_all_gather(b.params, mine, group=self.group, async_op=True))
+            else:
+                works += self._with_owners(b, b.params, dist.broadcast)
         for work in works:
             work.wait()
+        self._reduced = False
         return loss
 
-    def _pass_options(self) -> None:
-        """What a scheduler has set in the groups goes to the groups of this rank's share."""
-        if isinstance(self.inner, DeviceOptimizer):
+    def _pairs(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Groups here and of this rank's share; none where `cls` has groups of its own, as Muon."""
+        own = [] if self.inner is None else self.inner.param_groups
+        if len(own) != len(self._numbers):
+            return []
+        return list(zip((self.param_groups[i] for i in self._numbers), own, strict=True))
+
+    def _pass_options(self, inner: torch.optim.Optimizer) -> None:
+        """What was changed in the groups here goes to the groups of this rank's share."""
+        rates = [g.get("lr") for g in self.param_groups]
+        new = [a is not b for a, b in zip(rates, self._passed, strict=True)]
+        self._passed = rates
+        pairs = self._pairs()
+        for group, own in pairs:
+            for key in own.keys() & group.keys() - {"params", "param_names", "lr"}:
+                own[key] = group[key]
+        if not any(new):  # a step that is captured in a CUDA graph must not be given a number
             return
-        for group in self.inner.param_groups:
-            group["lr"] = self.param_groups[0]["lr"]
+        for group, own in pairs:
+            own["lr"] = group["lr"]
+        if not pairs and isinstance(inner, DeviceOptimizer):
+            inner.set_lr(rates[0])
 
     # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's share; for another number of ranks see `pieces`."""
+        if self.inner is None:
+            return {"rank": self.rank, "world": self.world, "share": None}
+        self._pass_options(self.inner)
+        return {"rank": self.rank, "world": self.world, "share": self.inner.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this rank's share. ValueError if it is another rank's, or of another number."""
+        there, here = (state_dict["rank"], state_dict["world"]), (self.rank, self.world)
+        if there != here:
+            raise ValueError(f"this is the share of rank {there[0]} of {there[1]}, "
+                             f"needed is that of rank {here[0]} of {here[1]}")  # fmt: skip
+        if self.inner is not None:
+            self.inner.load_state_dict(state_dict["share"])
+            for group, own in self._pairs():
+                group |= {k: v for k, v in own.items() if k not in ("params", "param_names")}
+            self._passed = [g.get("lr") for g in self.param_groups]
 
     def pieces(self) -> list[Piece]:
         """What this rank keeps, in terms of the parameters that were handed over."""
@@ -277,45 +282,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
                         found += self._cut_pieces(bucket, moment, value)
         return found
 
-    def _cut_pieces(self, bucket: _Bucket, moment: str, value: Tensor) -> list[Piece]:
-        low = self.rank * bucket.region
+    def _cut_pieces(self, bucket: Bucket, moment: str, value: Tensor) -> list[Piece]:
+        low = bucket.start(self.rank)
         found = []
         for p, start in zip(bucket.members, bucket.starts, strict=True):
             if value.ndim == 0:  # a count of steps: of the tensors that begin here
-                if low <= start < low + bucket.region:
+                if low <= start < low + bucket.regions[self.rank]:
                     found.append(Piece(p, moment, value, None))
                 continue
             a, b = max(low, start), min(low + value.numel(), start + p.numel())
             if a < b:
                 found.append(Piece(p, moment, value[a - low : b - low], a - start))
         return found
-
-
-def _by_kind(params: list[Tensor]) -> list[list[Tensor]]:
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for p in params:
-        kinds.setdefault((p.dtype, p.device), []).append(p)
-    return list(kinds.values())
-
-
-def _round(elements: int, element_size: int) -> int:
-    step = _ALIGN // element_size
-    return -(-elements // step) * step
-
-
-def _room(p: Tensor) -> int:
-    """Elements that a tensor takes, with what aligns the next one."""
-    return _round(p.numel(), p.element_size())
-
-
-def _chunks(params: list[Tensor]) -> list[list[Tensor]]:
-    """Neighbours, in groups of about `_BYTES`."""
-    groups: list[list[Tensor]] = [[]]
-    size = 0
-    for p in params:
-        if size >= _BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(p)
-        size += _room(p) * p.element_size()
-    return [group for group in groups if group]

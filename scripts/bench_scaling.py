@@ -48,10 +48,13 @@ from training.state import TrainState
 CASES = ("maze:weak:192", "maze:strong:768", "mlp:strong:768")
 MICRO = {"maze": 192, "arc": 192}  # rows at once; more are accumulated, as one card would have to
 MODES = {"plain": "optim.sharded=false", "sharded": "optim.sharded=true"}
-_ALONE = {"all_reduce": lambda t: dist.all_reduce(t, async_op=True),
-          "all_gather": lambda t: training.ranks._all_gather(_whole(t), t, async_op=True),
-          "reduce_scatter": lambda t: optim.sharded._reduce_scatter(
-              t, _whole(t), async_op=True)}  # fmt: skip
+_ALONE: dict[str, Callable[[Tensor, int], dist.Work]] = {
+    "all_reduce": lambda t, _: dist.all_reduce(t, async_op=True),
+    "all_gather": lambda t, _: training.ranks._all_gather(_whole(t), t, async_op=True),
+    "reduce_scatter": lambda t, _: optim.sharded._reduce_scatter(t, _whole(t), async_op=True),
+    "reduce": lambda t, root: dist.reduce(t, root, async_op=True),
+    "broadcast": lambda t, root: dist.broadcast(t, root, async_op=True),
+}
 
 
 class Call(NamedTuple):
@@ -60,6 +63,7 @@ class Call(NamedTuple):
     kind: str
     numel: int
     dtype: torch.dtype
+    root: int = 0
 
 
 class Ended:
@@ -88,7 +92,16 @@ def left_out(calls: list[Call]) -> Iterator[None]:
         calls.append(Call("reduce_scatter", mine.numel(), mine.dtype))
         return Ended()
 
-    places = [(dist, "all_reduce", all_reduce), (training.ranks, "_all_gather", all_gather),
+    def rooted(kind: str) -> Callable[..., Ended]:
+        def collective(tensor: Tensor, root: int, **_: Any) -> Ended:
+            calls.append(Call(kind, tensor.numel(), tensor.dtype, root))
+            return Ended()
+
+        return collective
+
+    places = [(dist, "all_reduce", all_reduce), (dist, "reduce", rooted("reduce")),
+              (dist, "broadcast", rooted("broadcast")),
+              (training.ranks, "_all_gather", all_gather),
               (optim.sharded, "_all_gather", all_gather),
               (optim.sharded, "_reduce_scatter", reduce_scatter)]  # fmt: skip
     before = [getattr(module, name) for module, name, _ in places]
@@ -136,7 +149,7 @@ def communication(calls: list[Call], device: torch.device, repeats: int) -> list
     tensors = [torch.zeros(c.numel, dtype=c.dtype, device=device) for c in calls]
 
     def run() -> None:
-        works = [_ALONE[c.kind](t) for c, t in zip(calls, tensors, strict=True)]
+        works = [_ALONE[c.kind](t, c.root) for c, t in zip(calls, tensors, strict=True)]
         for work in works:
             work.wait()
 

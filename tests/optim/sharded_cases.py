@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import warnings
@@ -85,6 +86,42 @@ def compare_bits(cls: type, device: torch.device) -> None:
             q.data.copy_(p.detach())
 
 
+def use_elsewhere(device: torch.device) -> None:
+    """Without the application: a scheduler, groups, `model.zero_grad()`, a state to load."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x = torch.randn(8, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x, mine = x.to(device), slice(rank * 8 // world, (rank + 1) * 8 // world)
+    for cls in (torch.optim.AdamW, torch.optim.SGD, AdamW):
+        a, b = model().to(device), model().to(device)
+
+        def groups(net: nn.Module) -> list[dict[str, object]]:
+            matrices, vectors = ([p for p in net.parameters() if p.ndim == n] for n in (2, 1))
+            return [{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "lr": 1e-2}]
+
+        whole = cls(groups(a), lr=1e-3)
+        shared = ShardedOptimizer(groups(b), cls, lr=1e-3)
+        schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (whole, shared)]
+        for step in range(6):
+            for net, optimizer, rows in ((a, whole, slice(None)), (b, shared, mine)):
+                net(x[rows]).square().sum().backward()
+                optimizer.step()
+                net.zero_grad()  # to None, where it can
+            for schedule in schedules:
+                schedule.step()
+            if step == 3:
+                saved = copy.deepcopy(shared.state_dict())
+                shared.load_state_dict(saved)
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), cls.__name__
+        for wrong in ({**saved, "world": world + 1}, {**saved, "rank": rank + 1}):
+            try:
+                shared.load_state_dict(wrong)
+            except ValueError as error:
+                assert "needed is that of rank" in str(error)
+            else:
+                raise AssertionError("loaded another rank's share")
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -95,5 +132,6 @@ if __name__ == "__main__":
     for kind in (AdamW, AdamATan2, AdamMini, Muon):
         compare(kind, place)
         compare_bits(kind, place)
+    use_elsewhere(place)
     dist.barrier()
     dist.destroy_process_group()
