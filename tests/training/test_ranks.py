@@ -48,6 +48,17 @@ def test_every_optimizer_in_float64(resolve_run, worlds):
             check_equal_to_one(one, [results[number] for results in ranks])
 
 
+def test_three_ranks(resolve_run, tmp_path):
+    """A number that divides neither the model's sizes nor a power of two."""
+    settings = (("optim=adamw",), ("optim=adam_atan2", "optim.sharded=true"),
+                ("optim=muon", "optim.sharded=true"))  # fmt: skip
+    jobs = [("steps", {"run": resolve_run(*EXACT, "global_batch_size=12", *some)})
+            for some in settings]  # fmt: skip
+    ranks = together(3, jobs, tmp_path)
+    for number, (_, arguments) in enumerate(jobs):
+        check_equal_to_one(steps(**arguments), [results[number] for results in ranks])
+
+
 def test_float32_differs_no_more_than_an_order_of_rows(resolve_run, worlds):
     """Within 3 times the spread that permuting the rows gives on one rank."""
     run = resolve_run("arch.forward_dtype=float32", "max_steps=20", "optim=adamw")
