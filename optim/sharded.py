@@ -71,6 +71,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.cut = getattr(cls, "elementwise", False) if cut is None else cut
         self._works: list[list[dist.Work]] = []  # of each bucket that is being reduced
+        self._gathering: list[dist.Work] = []  # the parameters of a step
         self._armed = self._reduced = False
         loads = [0] * self.world
         shares = [self._share(g, loads) for g in self.param_groups]
@@ -195,11 +196,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._passed = [value] * len(self.param_groups)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, **settings: Any) -> float | None:
+    def step(
+        self, closure: Callable[[], float] | None = None, *, wait: bool = True, **settings: Any
+    ) -> float | None:
         """Update this rank's share, then gather all parameters.
 
         Args:
             closure: evaluates the model again and returns the loss.
+            wait: else the parameters may be used only after `wait()`; what comes before that
+                overlaps the gathering.
             settings: for the step of `cls`, such as `grad_scale` and `found_inf`, which must be
                 the same on all ranks.
         """
@@ -212,17 +217,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self.inner is not None:
             self._pass_options(self.inner)
             self.inner.step(**settings)
-        works = []
         for b in self._buckets:
             if self.cut:
                 mine = b.params[b.start(self.rank) : b.start(self.rank + 1)]
-                works.append(_all_gather(b.params, mine, group=self.group, async_op=True))
+                work = _all_gather(b.params, mine, group=self.group, async_op=True)
+                self._gathering.append(work)
             else:
-                works += self._with_owners(b, b.params, dist.broadcast)
-        for work in works:
-            work.wait()
+                self._gathering += self._with_owners(b, b.params, dist.broadcast)
         self._reduced = False
+        if wait:
+            self.wait()
         return loss
+
+    def wait(self) -> None:
+        """Let the current stream wait for the parameters of the last step."""
+        for work in self._gathering:
+            work.wait()
+        self._gathering = []
 
     def _pairs(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Groups here and of this rank's share; none where `cls` has groups of its own, as Muon."""
