@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -36,8 +37,10 @@ def test_every_optimizer_in_float64(resolve_run, tmp_path):
                 ("grad_accum=2",), ("arch=trm_mlp", "optim=adamw"),
                 ("cuda_graph=off",)]  # fmt: skip
     jobs = [("steps", {"run": resolve_run(*EXACT, *GPU, *some)}) for some in settings]
-    (alone,) = together(1, jobs, tmp_path / "one")
-    ranks = together(RANKS, jobs, tmp_path / "many")
+    with ThreadPoolExecutor(1) as beside:
+        one = beside.submit(together, 1, jobs, tmp_path / "one")
+        ranks = together(RANKS, jobs, tmp_path / "many")
+        (alone,) = one.result()
     for number, some in enumerate(settings):
         many = [results[number] for results in ranks]
         assert all(r["graphs"] == (0 if "cuda_graph=off" in some else 1) for r in many)
@@ -78,15 +81,17 @@ def test_saved_on_some_ranks_resumed_on_others(resolve_run, tmp_path, settings):
 def test_kills_of_one_rank(tmp_path):
     """In a step, while saving and evaluating: the end is that of an undisturbed run."""
     recipe = (*(text for text in RECIPE if not text.startswith("device=")), *GPU)
-    whole = torchrun(tmp_path, RANKS, *recipe, "run_name=whole")
-    assert whole.returncode == 0, whole.stderr[-3000:]
     kinds = ["step", "save", "evaluate"]
     moments = random.Random(3)
     victims = [moments.randrange(RANKS), 0, moments.randrange(RANKS)]  # only the first one saves
     counts = [moments.randrange(4, 9), moments.randrange(4, 9), 1]
     plan = [f"{k}:{v}:{c}" for k, v, c in zip(kinds, victims, counts, strict=True)]
     faults = ",".join(plan)
-    done = torchrun(tmp_path, RANKS, *recipe, "run_name=killed", faults=faults, restarts=3)
+    with ThreadPoolExecutor(1) as beside:
+        undisturbed = (*recipe, "run_name=whole", "datasets_dir=others")
+        whole = beside.submit(torchrun, tmp_path, RANKS, *undisturbed)
+        done = torchrun(tmp_path, RANKS, *recipe, "run_name=killed", faults=faults, restarts=3)
+    assert whole.result().returncode == 0, whole.result().stderr[-3000:]
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "faults.txt").read_text().split() == kinds
     runs = [tmp_path / "runs" / name for name in ("whole", "killed")]
