@@ -1,5 +1,5 @@
 """Launchers of multiruns, each job in a process of its own: `hydra/launcher=process` (one after
-another), `joblib` (several at a time), `submitit` (a SLURM cluster, or this machine).
+another), `joblib` (several at a time), `submitit` (a SLURM cluster, or this machine), `ray`.
 
 Jobs that share a process leak CUDA memory, compiled code and wandb state into each other. Hydra
 finds launchers in packages below `hydra_plugins` only, hence this folder; the work is in
@@ -30,6 +30,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "array_parallelism": 16,
         "slurm_partition": None,
         "additional_parameters": {},
+    },
+    "ray": {
+        "address": "local",  # a Ray of this machine's own; or auto, HOST:PORT, ray://HOST:PORT
+        "cpus_per_job": 1,
+        "gpus_per_job": 0,
     },
 }
 for _name, _settings in _SETTINGS.items():

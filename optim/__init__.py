@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from optim.orthogonal import newton_schulz
     from optim.partition import partition_parameters
     from optim.schedule import learning_rate
+    from optim.sharded import ShardedOptimizer
     from optim.sparse_signsgd import SparseSignSGD, sparse_signsgd_update
     from optim.telemetry import Telemetry
 
@@ -55,6 +56,7 @@ _HOME = {
     "newton_schulz": "orthogonal",
     "partition_parameters": "partition",
     "learning_rate": "schedule",
+    "ShardedOptimizer": "sharded",
     "SparseSignSGD": "sparse_signsgd",
     "sparse_signsgd_update": "sparse_signsgd",
     "Telemetry": "telemetry",
@@ -73,6 +75,7 @@ __all__ = [
     "Muon",
     "MuonConfig",
     "OptimizerConfig",
+    "ShardedOptimizer",
     "SparseSignSGD",
     "Telemetry",
     "adam_atan2_update",

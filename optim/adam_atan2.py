@@ -89,6 +89,8 @@ class AdamATan2(AdamLike):
         half: see DeviceOptimizer.
     """
 
+    elementwise = True
+
     def __init__(
         self,
         params: Params,

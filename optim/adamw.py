@@ -73,6 +73,8 @@ class AdamW(AdamLike):
         half: see DeviceOptimizer.
     """
 
+    elementwise = True
+
     def __init__(
         self,
         params: Params,

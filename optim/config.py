@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+_OURS = {"name", "sharded"}  # keys that are not for the optimizer's class
+
+
 class OptimizerConfig(BaseModel):
     """What every optimizer's configuration has: its name and a way to build it."""
 
@@ -28,6 +31,11 @@ class OptimizerConfig(BaseModel):
         "auto", description="Triton kernels: auto uses them on CUDA; on fails without Triton"
     )
 
+    sharded: bool = Field(
+        False, description="spread its state over the ranks (ZeRO-1); one rank: no difference"
+    )
+    elementwise: ClassVar[bool] = False  # see DeviceOptimizer
+
     def build(
         self, named_parameters: Sequence[tuple[str, Parameter]], lr: float
     ) -> DeviceOptimizer:
@@ -37,6 +45,8 @@ class OptimizerConfig(BaseModel):
 
 class AdamATan2Config(OptimizerConfig):
     """Adam with atan2 in place of the division; no epsilon, invariant to the gradient's scale."""
+
+    elementwise: ClassVar[bool] = True
 
     name: Literal["adam_atan2"] = Field(
         "adam_atan2", description="which optimizer: a key of OPTIMIZERS"
@@ -59,11 +69,13 @@ class AdamATan2Config(OptimizerConfig):
         """The optimizer over `named_parameters` at learning rate `lr`."""
         from optim.adam_atan2 import AdamATan2
 
-        return AdamATan2(named_parameters, lr, **self.model_dump(exclude={"name"}))
+        return AdamATan2(named_parameters, lr, **self.model_dump(exclude=_OURS))
 
 
 class AdamWConfig(OptimizerConfig):
     """Adam with decoupled weight decay."""
+
+    elementwise: ClassVar[bool] = True
 
     name: Literal["adamw"] = Field("adamw", description="which optimizer: a key of OPTIMIZERS")
     betas: tuple[Beta, Beta] = Field(
@@ -80,7 +92,7 @@ class AdamWConfig(OptimizerConfig):
         """The optimizer over `named_parameters` at learning rate `lr`."""
         from optim.adamw import AdamW
 
-        return AdamW(named_parameters, lr, **self.model_dump(exclude={"name"}))
+        return AdamW(named_parameters, lr, **self.model_dump(exclude=_OURS))
 
 
 class MuonConfig(OptimizerConfig):
@@ -122,7 +134,7 @@ class MuonConfig(OptimizerConfig):
         """The optimizer over `named_parameters` at learning rate `lr`."""
         from optim.muon import Muon
 
-        return Muon(named_parameters, lr, **self.model_dump(exclude={"name"}))
+        return Muon(named_parameters, lr, **self.model_dump(exclude=_OURS))
 
 
 class AdamMiniConfig(OptimizerConfig):
@@ -157,7 +169,7 @@ class AdamMiniConfig(OptimizerConfig):
         """The optimizer over `named_parameters` at learning rate `lr`."""
         from optim.adam_mini import AdamMini
 
-        options = self.model_dump(exclude={"name", "print_partition"})
+        options = self.model_dump(exclude={*_OURS, "print_partition"})
         optimizer = AdamMini(named_parameters, lr, **options)
         if self.print_partition:
             logger.info("blocks of Adam-mini:\n%s", optimizer.partition)

@@ -35,6 +35,7 @@ class DeviceState(torch.optim.Optimizer):
 
     moments: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False  # an update of an element looks at no other
     fused: Fused = "auto"
 
     def __init__(

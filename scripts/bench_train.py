@@ -37,6 +37,7 @@ from models import kernels
 from training.cli import compose_values
 from training.config import RunConfig, validate
 from training.device import choose_device, prepare_execution, set_determinism
+from training.ranks import ALONE, Ranks
 from training.resolve import ResolvedRun, World, dims_of
 from training.speed import step_flops
 from training.state import TrainState
@@ -96,7 +97,9 @@ def random_dataset(setting: Setting, rows: int = 4096) -> PuzzleDataset:
     )  # fmt: skip
 
 
-def build(name: str, overrides: list[str], device: torch.device) -> tuple[TrainState, ResolvedRun]:
+def build(
+    name: str, overrides: list[str], device: torch.device, ranks: Ranks = ALONE
+) -> tuple[TrainState, ResolvedRun]:
     """The training state of a configuration on random data."""
     setting = SETTINGS[name]
     overrides = [*COMMON, *setting.overrides, *overrides]
@@ -110,8 +113,9 @@ def build(name: str, overrides: list[str], device: torch.device) -> tuple[TrainS
         source=None,
     )  # fmt: skip
     folder = Path(tempfile.gettempdir())
-    run = ResolvedRun(config, dims_of(info), folder, info, 10**6, World(), folder, "bench", None)
-    state = TrainState(run, dataset, device)
+    world = World(ranks.rank, ranks.size)
+    run = ResolvedRun(config, dims_of(info), folder, info, 10**6, world, folder, "bench", None)
+    state = TrainState(run, dataset, device, ranks)
     prepare_execution(state, config)
     return state, run
 

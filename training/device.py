@@ -88,8 +88,8 @@ def prepare_execution(state: TrainState, config: RunConfig) -> None:
     if wants_compile(config.compile, state.device):
         compile_model(state.model, config.compile, len(state.carry.steps) // config.grad_accum)
     if config.cuda_graph == "auto" and state.device.type == "cuda":
-        if state.ranks.size > 1:
-            logger.info("steps of several ranks are not captured in a CUDA graph yet")
+        if state.ranks.size > 1 and not state.ranks.on_device:
+            logger.info("gloo's collectives cannot be captured in a CUDA graph: no graph")
             return
         state.use_graph()
 

@@ -20,7 +20,7 @@ class GraphedWork:
     outlives it: it reads and writes tensors that keep their addresses. `key` tells variants of the
     work apart (such as recursion schedules); each has a graph of its own, all in one memory pool.
     A replay runs the same kernels on the same addresses, so its results are those of the work
-    itself, bit for bit.
+    itself, bit for bit. NCCL's collectives are captured with the rest, on every rank alike.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,7 +51,8 @@ class GraphedWork:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph's pool takes the place of what the eager calls used
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        mode = "thread_local"  # the saver's thread and NCCL's may ask for their events meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
             work()
         self.pool = graph.pool()
         self.graphs[key] = graph

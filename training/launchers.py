@@ -24,7 +24,7 @@ def make_launch(kind: str, settings: dict[str, Any]) -> Launch:
         return one_after_another
     if importlib.util.find_spec(kind) is None:
         raise ConfigError(f"hydra/launcher={kind} needs the package {kind}: pip install {kind}")
-    return {"joblib": JoblibLaunch, "submitit": SubmititLaunch}[kind](**settings)
+    return {"joblib": JoblibLaunch, "submitit": SubmititLaunch, "ray": RayLaunch}[kind](**settings)
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,57 @@ class Requeued:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, job)
+
+
+@dataclass(frozen=True)
+class RayLaunch:
+    """Tasks of a Ray cluster, or of a Ray of this machine's own: as many at a time as fit."""
+
+    address: str
+    cpus_per_job: float
+    gpus_per_job: float
+
+    def __call__(self, jobs: list[Job]) -> Iterator[tuple[Job, int]]:
+        """Launch; yields jobs as they end."""
+        import ray
+
+        if not jobs:
+            return
+        # what Ray starts imports this package from wherever it runs
+        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables = {"PYTHONPATH": os.pathsep.join(paths)}
+        ray.init(self.address, runtime_env={"env_vars": variables}, log_to_driver=False,
+                 logging_level=logging.ERROR)  # fmt: skip
+        try:
+            self._check(ray.cluster_resources())
+            wants = {"num_cpus": self.cpus_per_job, "num_gpus": self.gpus_per_job}
+            remote = ray.remote(_run_in).options(**wants, max_retries=3)
+            waiting = {remote.remote(str(Path.cwd()), job): job for job in jobs}
+            while waiting:
+                (done,), _ = ray.wait(list(waiting), num_returns=1)
+                job, code = waiting.pop(done), 1
+                try:
+                    code = ray.get(done)
+                except ray.exceptions.RayError as error:
+                    logger.error("job %d: %s", job.number, str(error).strip().splitlines()[-1])
+                yield job, code
+        finally:
+            ray.shutdown()
+
+    def _check(self, there: dict[str, float]) -> None:
+        """A job that no machine could ever take would wait forever."""
+        if self.address != "local":  # a cluster may grow
+            return
+        for key, name, wanted in (("cpus_per_job", "CPU", self.cpus_per_job),
+                                  ("gpus_per_job", "GPU", self.gpus_per_job)):  # fmt: skip
+            if wanted > there.get(name, 0):
+                raise ConfigError(
+                    f"hydra.launcher.{key}={wanted:g} is more than this machine's "
+                    f"{there.get(name, 0):g}"
+                )
+
+
+def _run_in(folder: str, job: Job) -> int:
+    """Run a job as if started in `folder`, which Ray's workers are not."""
+    os.chdir(folder)
+    return run_job(job)

@@ -167,11 +167,11 @@ class Trainer:
             stop.restore()
             self.saver.close()
             state.loader.close()
+            state.graph = None  # NCCL does not end while a graph holds one of its collectives
 
     def _count_time(self, clock: float) -> float:
         """Add what passed since `clock` to the training time; returns the clock now."""
-        if self.state.device.type == "cuda":
-            torch.cuda.synchronize(self.state.device)
+        self.ranks.settle(self.state.device)
         now = time.perf_counter()
         self.seconds += now - clock
         return now
@@ -224,7 +224,9 @@ class Trainer:
         wide = torch.float32 if state.device.type == "mps" else torch.float64
         sums = self.ranks.sum(torch.stack([state.sums[n].to(wide) for n in names]))
         same = [state.sums[n].to(wide) for n in SAME_ON_ALL] + [state.nonfinite.to(wide)]
-        values = torch.cat([sums, torch.stack(same)]).tolist()
+        values = torch.cat([sums, torch.stack(same)])
+        self.ranks.settle(state.device)
+        values = values.tolist()
         return dict(zip([*names, *SAME_ON_ALL, "nonfinite"], values, strict=True))
 
     def _check_finite(self, nonfinite: int) -> None:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(days=1)  # of the other ranks while the first one builds a dataset
 _ARRIVAL = 1800.0  # seconds in which all ranks have to come, once the first one is ready
+_POLL = 0.0005  # seconds between two looks at a device
 _GRACE = 2.0  # seconds in which the rank that failed may say why, before others say they lost it
 # torch 2.13 gives it a new name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -45,9 +46,11 @@ class Ranks:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, timeout: timedelta | None = None) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.timeout = rank, size, timeout
         self.control = self.saving = None
+        self.on_device = False  # whether collectives of CUDA tensors stay there (NCCL)
         if size > 1:
+            self.on_device = "nccl" in dist.get_backend_config()
             self.control = dist.new_group(backend="gloo", timeout=timeout)
             self.saving = dist.new_group(backend="gloo", timeout=timeout)
 
@@ -97,7 +100,32 @@ class Ranks:
             return None
         return torch.cat(pieces).view(mine.dtype).view(-1, *mine.shape[1:])
 
+    def collect_pieces(self, mine: T) -> list[T]:
+        """What every rank has on rank 0, [] elsewhere; through the group `saving`."""
+        everyone: list[T | None] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(mine, everyone, dst=0, group=self.saving)
+        return everyone or []
+
     # On the device
+
+    def settle(self, device: torch.device) -> None:
+        """Wait until `device` has done its work, on every rank; all must call this.
+
+        A collective whose partner is gone never ends on a GPU, so the host does not block on it:
+        the ranks ask each other, and who is lost or late is noticed there.
+        """
+        if device.type != "cuda":
+            return
+        if self.size == 1:
+            torch.cuda.synchronize(device)
+            return
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
+        began = time.monotonic()
+        while self.largest(int(not done.query()))():
+            if self.timeout is not None and time.monotonic() - began > self.timeout.total_seconds():
+                raise dist.DistBackendError("timed out: the device's work does not end")
+            time.sleep(_POLL)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up `tensor` over all ranks, in place; returns it."""
@@ -200,13 +228,25 @@ def joined(
             world_size=world.size,
             timeout=timeout,
         )
-        yield Ranks(world.rank, world.size, timeout)
+        ranks = Ranks(world.rank, world.size, timeout)
+        yield ranks
+        dist.barrier(group=ranks.control)  # one that leaves early disturbs the others' end
         dist.destroy_process_group()
     except BaseException as error:
         ended = _Ending(store, world, seconds).of(error)
+        if cuda:
+            _abort()
         if ended is error:
             raise
         raise ended from None
+
+
+def _abort() -> None:
+    """Let go of collectives whose partner is gone, which would keep the process from ending."""
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    if abort is not None:
+        with contextlib.suppress(RuntimeError, ValueError):
+            abort()
 
 
 class _Ending:

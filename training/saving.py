@@ -21,6 +21,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def _host_buffer(tensor: Tensor, pinned: bool) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned, device="cpu")
+
+
+def _join(everyone: list[dict[str, tuple[Tensor, int | None, torch.Size]]]) -> dict[str, Tensor]:
+    """Whole tensors of all ranks' pieces: (tensor, first element or None for whole, shape)."""
+    whole: dict[str, Tensor] = {}
+    for pieces in everyone:
+        for name, (tensor, start, shape) in pieces.items():
+            if start is None:
+                whole[name] = tensor
+                continue
+            if name not in whole:
+                whole[name] = torch.empty(shape, dtype=tensor.dtype)
+            whole[name].view(-1)[start : start + tensor.numel()] = tensor
+    return whole
+
+
 class Saver:
     """Saves one state at a time. Every rank has one; the first one writes.
 
@@ -32,6 +50,7 @@ class Saver:
         self.run_dir, self.ranks, self.keep = run_dir, ranks, keep
         self.saved_step: int | None = None  # the last one on the disk; known on rank 0
         self._copies: dict[str, dict[str, Tensor]] = {}  # the same buffers for every save
+        self._pieces: dict[str, tuple[Tensor, int | None, torch.Size]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._jobs: list[Future[None]] = []
 
@@ -79,10 +98,13 @@ class Saver:
                 if self.ranks.rank > 0 and not state.is_own(stem, name):
                     continue
                 if name not in copies:
-                    copies[name] = torch.empty(
-                        tensor.shape, dtype=tensor.dtype, pin_memory=cuda, device="cpu"
-                    )
+                    copies[name] = _host_buffer(tensor, cuda)
                 copies[name].copy_(tensor.detach(), non_blocking=cuda)
+        for name, (param, _, tensor, start) in state.pieces().items():
+            if name not in self._pieces:
+                shape = tensor.shape if start is None else param.shape
+                self._pieces[name] = (_host_buffer(tensor, cuda), start, shape)
+            self._pieces[name][0].copy_(tensor, non_blocking=cuda)
 
     # In the thread
 
@@ -101,6 +123,8 @@ class Saver:
                 stem: {n: self.ranks.collect(t) if is_own(stem, n) else t for n, t in some.items()}
                 for stem, some in self._copies.items()
             }
+            everyone = self.ranks.collect_pieces(self._pieces)
+            files["optimizer"] |= _join(everyone)
         if self.ranks.rank > 0:
             return
         try:

@@ -16,11 +16,13 @@ from torch import Tensor
 from data import PuzzleDataset, make_train_loader, puzzle_names
 from models import ACT, Carry, build_model
 from models.legacy import resize_puzzles
-from optim import EMA, SparseSignSGD
+from optim import EMA, ShardedOptimizer, SparseSignSGD
 from optim.base import DeviceOptimizer
+from optim.sharded import Piece
 from training import packing
 from training.buckets import GradientBuckets
 from training.checkpoint import read_tensors
+from training.config import RunConfig
 from training.errors import ConfigError
 from training.graph import GraphedWork
 from training.loss_scale import LossScale
@@ -56,10 +58,10 @@ class TrainState:
         model = build_model(config.arch, run.dims, seed=config.seed, device=device)
         model.requires_grad_(not config.freeze_weights)
         self.model, self.act = model, ACT(model).train()
-        self.optimizers: dict[str, DeviceOptimizer] = {}
+        self.optimizers: dict[str, DeviceOptimizer | ShardedOptimizer] = {}
+        self.sharded: ShardedOptimizer | None = None  # that of the weights, where its state is
         if not config.freeze_weights:
-            named = list(model.named_parameters())
-            self.optimizers[config.optim.name] = config.optim.build(named, lr=0.0)
+            self.optimizers[config.optim.name] = self._build_optimizer(config)
         if model.embedding.puzzles is not None:
             self.optimizers["sparse_signsgd"] = SparseSignSGD(
                 [("embedding.puzzles", model.embedding.puzzles)],
@@ -67,13 +69,16 @@ class TrainState:
                 weight_decay=config.puzzle_emb_weight_decay,
             )
         self._check_ownership(config.freeze_weights)
-        self.buckets: GradientBuckets | None = None
-        if ranks.size > 1 and not config.freeze_weights:
+        self.buckets: GradientBuckets | ShardedOptimizer | None = None
+        if self.sharded is not None:
+            self.buckets = self.sharded
+        elif ranks.size > 1 and not config.freeze_weights:
             mean = config.grad_reduce == "mean"
             self.buckets = GradientBuckets(model.parameters(), mean=mean)
         self.ema = EMA(model.named_parameters(), config.ema_rate) if config.ema else None
         if self.ema is not None:
-            self.ema.attach(*self.optimizers.values())
+            whole = (o for o in self.optimizers.values() if o is not self.sharded)
+            self.ema.attach(*whole)
         self.loader = make_train_loader(
             dataset,
             num_workers=config.num_workers,
@@ -96,6 +101,20 @@ class TrainState:
         self.row_numbers = torch.arange(
             self.loader.local.start, self.loader.local.stop, device=device
         )
+
+    def _build_optimizer(self, config: RunConfig) -> DeviceOptimizer | ShardedOptimizer:
+        """The optimizer of the weights."""
+        named = list(self.model.named_parameters())
+        if self.ranks.size == 1 or not config.optim.sharded:
+            return config.optim.build(named, lr=0.0)
+        self.sharded = ShardedOptimizer(
+            named,
+            config.optim.build,
+            cut=config.optim.elementwise,
+            mean=config.grad_reduce == "mean",
+            lr=0.0,
+        )
+        return self.sharded
 
     def use_graph(self) -> None:
         """From now on steps run in a CUDA graph, for which gradients keep their addresses."""
@@ -129,7 +148,7 @@ class TrainState:
         return stem == "carry" and (_is_row(name) or name.startswith("sums."))
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors of the state, by file and name (not copies)."""
+        """All tensors of the state, by file and name (not copies); see `pieces`, too."""
         carry = {f"state.{k}": v for k, v in self.carry.state.items()}
         carry |= {f"batch.{k}": v for k, v in self.carry.batch.items()}
         carry |= {"steps": self.carry.steps, "halted": self.carry.halted}
@@ -152,12 +171,23 @@ class TrainState:
         names |= {id(b): n for n, b in self.model.named_buffers()}
         tensors = {}
         for kind, optimizer in self.optimizers.items():
+            if optimizer is self.sharded:
+                continue
             for number, group in enumerate(optimizer.param_groups):
                 tensors[f"{kind}/groups/{number}/lr"] = group["lr"]
                 for p in group["params"]:
                     for moment, value in optimizer.state[p].items():
                         tensors[f"{kind}/{names[id(p)]}/{moment}"] = value
         return tensors
+
+    def pieces(self) -> dict[str, Piece]:
+        """What this rank keeps of a sharded optimizer, by the names of the whole tensors."""
+        if self.sharded is None:
+            return {}
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        kind = next(k for k, o in self.optimizers.items() if o is self.sharded)
+        pieces = self.sharded.pieces()
+        return {f"{kind}/{names[id(piece.param)]}/{piece.moment}": piece for piece in pieces}
 
     def restore(self, resume: Resume) -> None:
         """Fill every tensor of the state from a checkpoint; ConfigError if one does not match.
@@ -170,6 +200,8 @@ class TrainState:
                 continue
             saved = packing.read_tensors(resume.path, stem) if packed else self._saved(resume, stem)
             source = f"{resume.path}, {stem}" if packed else f"{resume.path / stem}.safetensors"
+            if stem == "optimizer":
+                tensors, saved = self._own_moments(tensors, saved)
             _copy_all(tensors, saved, source)
         self.step = int(resume.index["step"])
         self.step_counter.fill_(self.step)
@@ -191,6 +223,21 @@ class TrainState:
         rows = self.loader.local if self.ranks.size > 1 else None
         saved = read_tensors(resume.path, stem, rows if stem == "carry" else None, _is_row)
         return {k: self._own_sum(k, v) if self.is_own(stem, k) else v for k, v in saved.items()}
+
+    def _own_moments(
+        self, tensors: dict[str, Tensor], saved: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Both without learning rates, which every step sets; of a sharded optimizer, its part."""
+        tensors, saved = ({k: t for k, t in some.items() if "/groups/" not in k}
+                          for some in (tensors, saved))  # fmt: skip
+        if self.sharded is None:
+            return tensors, saved
+        for name, piece in self.pieces().items():
+            tensors[name] = piece.tensor
+            if piece.start is not None and name in saved:
+                stop = piece.start + piece.tensor.numel()
+                saved[name] = saved[name].reshape(-1)[piece.start : stop]
+        return tensors, {k: t for k, t in saved.items() if k in tensors}
 
     def _own_sum(self, name: str, saved: Tensor) -> Tensor:
         """This rank's part of a metric sum that was saved as one number per rank."""

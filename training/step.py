@@ -88,11 +88,16 @@ def advance(state: TrainState, config: RunConfig) -> None:
         stopped = state.nonfinite > 0
         bad, counted = bad | stopped, counted | stopped
     state.nonfinite += counted
-    _update_weights(state, scale, bad)
+    found_inf = bad.to(torch.float32)
+    _update_weights(state, scale, found_inf)
     _keep(state.carry, bad, carry, _join(parts))
     with torch.no_grad():
         for name, value in {**sums, "grad_norm": norm, "train_steps": 1}.items():
             state.sums[name] += torch.where(bad, 0, value) if name in LOGGED_IF_GOOD else value
+    if state.sharded is not None:  # its parameters have been on their way meanwhile
+        state.sharded.wait()
+    if state.ema is not None:
+        state.ema.update(found_inf)
 
 
 LOGGED_IF_GOOD = ("lm_loss", "q_halt_loss", "q_continue_loss", "grad_norm")
@@ -150,13 +155,12 @@ def _norm_and_scale(state: TrainState, config: RunConfig) -> tuple[Tensor, Tenso
     return norm, loss_scale * clip_scale(norm, config.grad_clip_norm)
 
 
-def _update_weights(state: TrainState, scale: Tensor | None, bad: Tensor) -> None:
-    found_inf = bad.to(torch.float32)
+def _update_weights(state: TrainState, scale: Tensor | None, found_inf: Tensor) -> None:
     for name, optimizer in state.optimizers.items():  # sparse_signsgd looks at signs only
-        optimizer.step(grad_scale=None if name == "sparse_signsgd" else scale, found_inf=found_inf)
+        settings = {"wait": False} if optimizer is state.sharded else {}
+        grad_scale = None if name == "sparse_signsgd" else scale
+        optimizer.step(grad_scale=grad_scale, found_inf=found_inf, **settings)
     state.clear_gradients()
-    if state.ema is not None:
-        state.ema.update(found_inf)
 
 
 def _join(parts: list[Carry]) -> Carry:

@@ -22,13 +22,13 @@ import torch
 import training.loop
 from data import read_dataset
 from tests.training.helpers import ROOT, environment
+from training.device import choose_device, prepare_execution, set_determinism
 from training.loop import Trainer
 from training.ranks import ALONE, Ranks, joined
 from training.resolve import ResolvedRun, World
 from training.state import TrainState
 from training.step import train_step
 
-CPU = torch.device("cpu")
 Job = tuple[str, dict[str, Any]]
 
 
@@ -73,15 +73,19 @@ def steps(
     `order` permutes the rows of every batch (on one rank), `ids` (global batch,) stands in for the
     puzzle identifiers, `nan_at` (rank, step) spoils that rank's logits in that step.
     """
-    state = TrainState(run, read_dataset(run.dataset_path, "train"), CPU, ranks)
+    device = choose_device(run.config.device, run.world.local_rank)
+    set_determinism(device)
+    state = TrainState(run, read_dataset(run.dataset_path, "train"), device, ranks)
+    prepare_execution(state, run.config)
     state.model.q_head.bias.data.fill_(0.1)  # rows halt at different steps
     batch, local = state.loader.batch, state.loader.local
     if order is not None:
         state.loader.batch = lambda step: {k: v[order] for k, v in batch(step).items()}
         state.row_numbers = state.row_numbers[order]
     if ids is not None:
-        mine = torch.tensor(ids[local], dtype=torch.int32)
-        state.model.embedding.puzzles = table = torch.zeros(max(ids) + 1, 32, dtype=torch.float64)
+        mine = torch.tensor(ids[local], dtype=torch.int32, device=device)
+        table = torch.zeros(max(ids) + 1, 32, dtype=torch.float64, device=device)
+        state.model.embedding.puzzles = table
         state.optimizers["sparse_signsgd"].param_groups[0]["params"][0] = table
         state.loader.batch = lambda step: {**batch(step), "puzzle_ids": mine}
         state.carry.batch["puzzle_ids"] = mine.clone()
@@ -96,7 +100,10 @@ def steps(
             hook.remove()
         loss = ranks.sum(state.sums["lm_loss"].double().clone())
         losses.append(float(loss) / run.config.global_batch_size)
-    whole = state.model.state_dict()
+    graphs = 0 if state.graph is None else len(state.graph.graphs)
+    state.graph = None  # NCCL does not end while there is one
+    whole = {name: tensor.cpu() for name, tensor in state.model.state_dict().items()}
+    puzzles = state.model.embedding.puzzles
     digest = hashlib.sha256()
     for name, tensor in whole.items():
         digest.update(name.encode() + tensor.numpy().tobytes())
@@ -105,8 +112,9 @@ def steps(
         "digest": digest.hexdigest(),
         "grad_norm": float(state.sums["grad_norm"]),
         "nonfinite": int(state.nonfinite),
-        "puzzles": state.model.embedding.puzzles,
+        "puzzles": None if puzzles is None else puzzles.cpu(),
         "model": whole,
+        "graphs": graphs,
         "halted": float(ranks.sum(state.sums["count"].clone())),
     }
 

@@ -44,9 +44,11 @@ def said(errors: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_ten_kills_of_one_of_four_ranks(tmp_path):
+@pytest.mark.parametrize("sharded", ["optim.sharded=false", "optim.sharded=true"])
+def test_ten_kills_of_one_of_four_ranks(tmp_path, sharded):
     """In steps, while gathering, saving and evaluating: the end is that of an undisturbed run."""
-    whole = torchrun(tmp_path, 4, *RECIPE, "run_name=whole")
+    recipe = (*RECIPE, sharded)
+    whole = torchrun(tmp_path, 4, *recipe, "run_name=whole")
     assert whole.returncode == 0, whole.stderr[-3000:]
     moments = random.Random(7)
     kinds = [*KILLS, *KILLS, "step", "step"]
@@ -56,7 +58,7 @@ def test_ten_kills_of_one_of_four_ranks(tmp_path):
         rank = 0 if kind == "save" else moments.randrange(4)  # only the first one writes
         count = 1 if kind == "evaluate" else moments.randrange(1, 9)
         plan.append(f"{kind}:{rank}:{count}")
-    done = torchrun(tmp_path, 4, *RECIPE, "run_name=killed", faults=",".join(plan), restarts=10)
+    done = torchrun(tmp_path, 4, *recipe, "run_name=killed", faults=",".join(plan), restarts=10)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "faults.txt").read_text().split() == kinds
     runs = [tmp_path / "runs" / name for name in ("whole", "killed")]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from optim import OPTIMIZERS
-from tests.training.helpers import metrics, newest, tensors
 from tests.training.rank_cases import fit, steps, together
+from tests.training.rank_checks import (
+    EXACT,
+    FIT,
+    REPEATED,
+    check_equal_to_one,
+    check_float32,
+    check_round_trip,
+    shuffled,
+)
 
 SIZES = (2, 4)
-EXACT = ("arch.forward_dtype=float64", "arch.halt_max_steps=3", "arch.halt_exploration_prob=0.5",
-         "max_steps=20", "grad_clip_norm=0.5")  # fmt: skip
-# With puzzle embeddings whose identifiers repeat in a batch and across ranks: 3 on all of four.
-REPEATED = [3, 3, 5, 3, 7, 3, 3, 5]
 
 
 @pytest.fixture(scope="module")
@@ -31,42 +34,37 @@ def worlds(tmp_path_factory):
     return run
 
 
-def assert_close(ours: list[float], theirs: list[float], tolerance: float) -> None:
-    for step, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
-        assert abs(a - b) <= tolerance * max(1.0, abs(b)), f"step {step}: {a} and {b}"
-
-
 def test_every_optimizer_in_float64(resolve_run, worlds):
     """Losses of 20 steps to 1e-9, parameters of all ranks to the bit, and of one rank to 1e-9."""
-    jobs = [("steps", {"run": resolve_run(*EXACT, f"optim={name}")}) for name in OPTIMIZERS]
+    settings = [(f"optim={name}", f"optim.sharded={sharded}") for name in OPTIMIZERS
+                for sharded in ("false", "true")]  # fmt: skip
+    jobs = [("steps", {"run": resolve_run(*EXACT, *some)}) for some in settings]
     jobs.append(("steps", {"run": resolve_run(*EXACT, "grad_accum=2")}))
     jobs.append(("steps", {"run": resolve_run(*EXACT, "arch=trm_mlp", "optim=adamw")}))
     alone = [steps(**arguments) for _, arguments in jobs]
     assert all(r["halted"] > 8 for r in alone)
     for ranks in worlds("exact", jobs).values():
         for number, one in enumerate(alone):
-            many = [results[number] for results in ranks]
-            assert_close(many[0]["losses"], one["losses"], 1e-9)
-            assert len({r["digest"] for r in many}) == 1
-            assert many[0]["halted"] == one["halted"]
-            assert many[0]["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-9)
-            for name, tensor in one["model"].items():
-                assert torch.allclose(many[0]["model"][name], tensor, rtol=1e-9, atol=1e-11), name
+            check_equal_to_one(one, [results[number] for results in ranks])
+
+
+def test_three_ranks(resolve_run, tmp_path):
+    """A number that divides neither the model's sizes nor a power of two."""
+    settings = (("optim=adamw",), ("optim=adam_atan2", "optim.sharded=true"),
+                ("optim=muon", "optim.sharded=true"))  # fmt: skip
+    jobs = [("steps", {"run": resolve_run(*EXACT, "global_batch_size=12", *some)})
+            for some in settings]  # fmt: skip
+    ranks = together(3, jobs, tmp_path)
+    for number, (_, arguments) in enumerate(jobs):
+        check_equal_to_one(steps(**arguments), [results[number] for results in ranks])
 
 
 def test_float32_differs_no_more_than_an_order_of_rows(resolve_run, worlds):
     """Within 3 times the spread that permuting the rows gives on one rank."""
     run = resolve_run("arch.forward_dtype=float32", "max_steps=20", "optim=adamw")
-    straight = steps(run=run)["losses"]
-    shuffles = [torch.Generator().manual_seed(seed) for seed in range(4)]
-    orders = [torch.randperm(8, generator=shuffle).tolist() for shuffle in shuffles]
-    permuted = [steps(run=run, order=order)["losses"] for order in orders]
-    spread = max(abs(a - b) for p in permuted for a, b in zip(p, straight, strict=True))
-    assert 0 < spread < 0.05
+    alone = [steps(**some) for some in shuffled(run)]
     for ranks in worlds("float32", [("steps", {"run": run})]).values():
-        losses = ranks[0][0]["losses"]
-        assert max(abs(a - b) for a, b in zip(losses, straight, strict=True)) <= 3 * spread
-        assert len({results[0]["digest"] for results in ranks}) == 1
+        check_float32(alone, [results[0] for results in ranks])
 
 
 def test_rows_of_one_puzzle_on_several_ranks(resolve_run, worlds):
@@ -101,39 +99,14 @@ def test_averaged_gradients(resolve_run, worlds):
             assert second * size == pytest.approx(first, rel=1e-6)
 
 
-FIT = ("arch.forward_dtype=float64", "arch.halt_max_steps=3", "arch.halt_exploration_prob=0.5",
-       "max_steps=12", "checkpoint_interval=5", "log_interval=4")  # fmt: skip
-
-
-def test_saved_on_some_ranks_resumed_on_others(resolve_run, tmp_path):
-    """From 4 to 2 to 1 and back to 4: as one sitting on one rank, to 1e-9; on 4, to the bit."""
-    run = resolve_run(*FIT, "run_name=whole")
-    fit(run)
-    whole, folder = run.run_dir, run.run_dir.parent
-    first = [("fit", {"run": resolve_run(*FIT, "run_name=parts"), "stop_in": 4}),
-             ("fit", {"run": resolve_run(*FIT, "run_name=same"), "stop_in": 6}),
-             ("fit", {"run": resolve_run(*FIT, "run_name=four")})]  # fmt: skip
-    for results in together(4, first, tmp_path / "first"):  # told one step later to the others
-        assert [r["step"] for r in results] == [5, 7, 12]
-    go_on = f"load_checkpoint={folder / 'parts'}"
-    together(2, [("fit", {"run": resolve_run(go_on), "stop_in": 6})], tmp_path / "second")
-    assert fit(resolve_run(go_on), stop_in=9)["step"] == 9
-    last = [go_on, f"load_checkpoint={folder / 'same'}"]
-    together(4, [("fit", {"run": resolve_run(start)}) for start in last], tmp_path / "last")
-    parts = folder / "parts"
-    four, same = folder / "four", folder / "same"
-    assert tensors(newest(four)) == tensors(newest(same))
-    assert metrics(four) == metrics(same)
-    for theirs in (metrics(parts), metrics(four)):
-        for ours, one in zip(theirs, metrics(whole), strict=True):
-            assert ours == pytest.approx(one, rel=1e-9, abs=1e-12)
-    for stem in ("model", "ema", "optimizer", "carry"):
-        one = load_file(newest(whole) / f"{stem}.safetensors")
-        many = load_file(newest(parts) / f"{stem}.safetensors")
-        assert one.keys() == many.keys()
-        for name, tensor in one.items():
-            if not name.startswith("sums."):  # which are one per rank
-                assert torch.allclose(many[name].double(), tensor.double(), rtol=1e-9), name
+@pytest.mark.parametrize(
+    "settings",
+    [(), ("optim=adamw", "optim.sharded=true"), ("optim=muon", "optim.sharded=true")],
+    ids=["plain", "cut", "whole"],
+)
+def test_saved_on_some_ranks_resumed_on_others(resolve_run, tmp_path, settings):
+    """From 4 to 2 to 1 and back to 4."""
+    check_round_trip(resolve_run, tmp_path, (*FIT, *settings), 4, (2, 1))
 
 
 def test_only_the_first_rank_writes(resolve_run, tmp_path):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.training.helpers import call, command, environment
+from tests.training.helpers import ROOT, call, command, environment, metrics, train
 from training import launchers, sweep
+from training.cli import compose_values, preflight
+from training.config import RunConfig, validate
 from training.errors import ConfigError
 
 
@@ -163,8 +167,41 @@ def test_joblib_gives_each_job_its_gpus(jobs_done, tmp_path, monkeypatch):
         launchers.JoblibLaunch(n_jobs=2, gpus_per_job=4)._environment(1)
 
 
+def test_the_wandb_sweep_names_what_there_is(monkeypatch, tiny):
+    """Every call that its agent may make is a run, and the metric is one that runs log."""
+    document = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
+    words = document["command"]
+    assert words[:3] == ["${env}", "${interpreter}", "${program}"]
+    assert words[-1] == "${args_no_hyphens}" and (ROOT / document["program"]).is_file()
+    choices = []
+    for key, values in document["parameters"].items():
+        values = values.get("values") or [values["min"], values["max"]]
+        choices.append([f"{key}={value}" for value in values])
+    for some in itertools.product(*choices):
+        arguments = [*words[3:-1], *some, "device=cpu"]
+        overrides = preflight("cfg_pretrain", RunConfig, arguments)
+        config = validate(RunConfig, compose_values("cfg_pretrain", overrides))
+        assert config.wandb.mode == "online" and config.eval_interval
+    run = train(monkeypatch, *tiny("eval_interval=6"))
+    assert any(document["metric"]["name"] in line for line in metrics(run))
+
+
+@pytest.mark.parametrize("package", ["joblib", "submitit", "ray"])
+def test_a_missing_package_is_named(monkeypatch, package):
+    monkeypatch.setattr(launchers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"hydra/launcher={package} needs the package {package}"):
+        launchers.make_launch(package, {})
+
+
+def test_ray_refuses_what_this_machine_does_not_have():
+    launch = launchers.RayLaunch("local", cpus_per_job=2, gpus_per_job=1)
+    with pytest.raises(ConfigError, match=r"gpus_per_job=1 is more than this machine's 0"):
+        launch._check({"CPU": 4.0})
+    launch._check({"CPU": 4.0, "GPU": 1.0})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit", "ray"])
 def test_a_sweep_killed_in_the_middle_and_restarted(tiny, tmp_path, launcher):
     """A 2 × 2 grid: what was finished is not run again; the table has four rows."""
     pytest.importorskip(launcher)

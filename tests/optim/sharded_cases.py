@@ -1,0 +1,137 @@
+"""One rank of test_sharded.py: `python -m torch.distributed.run … sharded_cases.py`."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from optim import AdamATan2, AdamMini, AdamW, Muon, ShardedOptimizer
+
+
+def model() -> nn.Module:
+    """The same on every rank."""
+    torch.manual_seed(0)
+    sizes = ((13, 200), (200, 96), (96, 160), (160, 7))
+    return nn.Sequential(*(nn.Linear(*size) for size in sizes)).double()
+
+
+def compare(cls: type, device: torch.device) -> None:
+    """Twenty steps of whole batches beside the same steps, rows and state shared out."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x = torch.randn(8, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = x.to(device)
+    mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    a, b = model().to(device), model().to(device)
+    whole = cls(a.named_parameters(), lr=1e-3)
+    shared = ShardedOptimizer(b.named_parameters(), cls, lr=1e-3)
+    for step in range(20):
+        a(x).square().sum().backward()
+        norm, scale = whole.clip(1.0)
+        whole.step(grad_scale=scale)
+        whole.zero_grad()
+        if step % 2:  # the backward reduces; else the step does
+            shared.arm()
+        b(x[mine]).square().sum().backward()
+        other, scale = shared.clip(1.0)
+        shared.step(grad_scale=scale)
+        shared.zero_grad()
+        assert torch.allclose(norm, other, rtol=1e-9)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), cls.__name__
+    everyone = [None] * world
+    dist.all_gather_object(everyone, [q.detach().cpu().numpy().tobytes() for q in b.parameters()])
+    assert all(other == everyone[0] for other in everyone)
+    full = sum(t.numel() for state in whole.state.values() for t in state.values())
+    kept = sum(piece.tensor.numel() for piece in shared.pieces())
+    largest = max(sum(t.numel() for t in state.values()) for state in whole.state.values())
+    limit = full * (1 / world + 0.02) if shared.cut else max(full / world, largest) * 1.02
+    assert kept <= limit, f"{cls.__name__}: {kept} of {full}, allowed {limit}"
+    print(f"{cls.__name__} rank {rank}: {kept / full:.1%} of the state")
+
+
+def compare_bits(cls: type, device: torch.device) -> None:
+    """Float32, each rank with rows of its own: the bits of all-reduce and the whole optimizer.
+
+    Two ranks add up two numbers, in whatever order; more may do so in another order, which is
+    left out of account by gradients that are small integers. On a CPU torch's atan2 of the last
+    few elements of a tensor, where it does not fill a vector, is another one than of the rest.
+    """
+    allowed = 1 if cls is AdamATan2 and device.type == "cpu" else 0  # ulp
+    rank = dist.get_rank()
+    a, b = model().to(device, torch.float32), model().to(device, torch.float32)
+    whole = cls(a.named_parameters(), lr=1e-3)
+    shared = ShardedOptimizer(b.named_parameters(), cls, lr=1e-3)
+    generator = torch.Generator().manual_seed(rank)
+    for step in range(10):
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            grad = torch.randint(-9, 10, p.shape, generator=generator).to(device, p.dtype)
+            p.grad = grad.clone()
+            q.grad.copy_(grad)
+            dist.all_reduce(p.grad)
+        whole.step()
+        shared.step()
+        shared.zero_grad()
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            apart = (p.detach().view(torch.int32) - q.detach().view(torch.int32)).abs().max()
+            assert apart <= allowed, f"{cls.__name__}, step {step}: {int(apart)} ulp"
+            q.data.copy_(p.detach())
+
+
+def use_elsewhere(device: torch.device) -> None:
+    """Without the application: a scheduler, groups, `model.zero_grad()`, a state to load."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x = torch.randn(8, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x, mine = x.to(device), slice(rank * 8 // world, (rank + 1) * 8 // world)
+    for cls in (torch.optim.AdamW, torch.optim.SGD, AdamW):
+        a, b = model().to(device), model().to(device)
+
+        def groups(net: nn.Module) -> list[dict[str, object]]:
+            matrices, vectors = ([p for p in net.parameters() if p.ndim == n] for n in (2, 1))
+            return [{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "lr": 1e-2}]
+
+        whole = cls(groups(a), lr=1e-3)
+        shared = ShardedOptimizer(groups(b), cls, lr=1e-3)
+        schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (whole, shared)]
+        for step in range(6):
+            for net, optimizer, rows in ((a, whole, slice(None)), (b, shared, mine)):
+                net(x[rows]).square().sum().backward()
+                optimizer.step()
+                net.zero_grad()  # to None, where it can
+            for schedule in schedules:
+                schedule.step()
+            if step == 3:
+                saved = copy.deepcopy(shared.state_dict())
+                shared.load_state_dict(saved)
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), cls.__name__
+        for wrong in ({**saved, "world": world + 1}, {**saved, "rank": rank + 1}):
+            try:
+                shared.load_state_dict(wrong)
+            except ValueError as error:
+                assert "needed is that of rank" in str(error)
+            else:
+                raise AssertionError("loaded another rank's share")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    place = torch.device(sys.argv[1], int(os.environ["LOCAL_RANK"]))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    for kind in (AdamW, AdamATan2, AdamMini, Muon):
+        compare(kind, place)
+        compare_bits(kind, place)
+    use_elsewhere(place)
+    dist.barrier()
+    dist.destroy_process_group()
