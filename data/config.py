@@ -79,6 +79,10 @@ class DatasetConfig(BaseModel):
         text = json.dumps({"format": FORMAT_VERSION, **self.identity()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def planned_examples(self) -> int | None:
+        """Training examples that `build` would write, where the keys tell."""
+        return None
+
     def test_only(self) -> DatasetConfig:
         """This configuration reduced to what an evaluation needs."""
         return self

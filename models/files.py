@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import pickletools
 import re
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +27,7 @@ METADATA = "loopwright"  # of a .safetensors file: JSON of {"arch", "dims"}
 KINDS = "a .safetensors file or a torch file that holds tensors only"
 _HARMLESS = ("torch", "collections OrderedDict", "numpy")  # beginnings of what tensors need
 _TEXTS = {".md", ".txt", ".json", ".yaml", ".yml", ".py", ".csv", ".png", ".jpg"}
+_WAIT_SECONDS = 5  # for the hub's answer
 _SAVED = re.compile(r"step_(\d+)(\.pt)?$")  # as the ancestors name their files
 
 
@@ -123,7 +126,13 @@ def metadata(path: Path) -> dict[str, Any] | None:
         return None
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(METADATA)
-    return None if text is None else json.loads(text)
+    try:
+        told = None if text is None else json.loads(text)
+        if told is not None and not (told["arch"]["name"] and isinstance(told["dims"], dict)):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ModelError(f"{path}: its description of the model is damaged") from None
+    return told
 
 
 def reference_config(path: Path) -> dict[str, Any]:
@@ -154,7 +163,7 @@ def from_hub(text: str) -> Path:
     """
     owner, _, rest = text.removeprefix(HUB).partition("/")
     name, _, wanted = rest.partition("/")
-    if not (owner and name):
+    if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", f"{owner}/{name}") or ".." in rest.split("/"):
         raise ModelError(f"{text} should be hf:owner/name, or hf:owner/name/file")
     try:
         import huggingface_hub as hub
@@ -164,6 +173,7 @@ def from_hub(text: str) -> Path:
             "download the file and give its path"
         ) from None
     repository = f"{owner}/{name}"
+    _require_network(text)
     try:
         files = hub.list_repo_files(repository)
         chosen = wanted or _choose(text, files)
@@ -177,6 +187,23 @@ def from_hub(text: str) -> Path:
     except Exception as error:  # its errors have no common class, and a proxy adds its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{text} cannot be downloaded: {reason}") from None
+
+
+def _require_network(text: str) -> None:
+    """Refuse at once where the hub cannot be reached: its client tries again for a minute."""
+    from huggingface_hub import constants
+
+    instead = "download the file elsewhere and give its path"
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(f"{text} cannot be downloaded (HF_HUB_OFFLINE is set); {instead}")
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_WAIT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answers; the client says what is wrong
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "reason", error))[:200].rstrip(".")
+        raise ModelError(f"{text} cannot be downloaded ({reason}); {instead}") from None
 
 
 def _choose(text: str, names: list[str]) -> str:

@@ -108,7 +108,7 @@ def _of_checkpoint(config: EvaluateConfig, found: Resume) -> tuple[RunConfig, Mo
             f"arch={given['name']} is not possible: {found.path} says what its model is; give "
             "single keys, such as arch.halt_max_steps"
         )
-    arch = validate(RunConfig, saved).arch.portable().model_dump(mode="json")
+    arch = found.trained().arch.portable().model_dump(mode="json")
     trained: RunConfig = validate(RunConfig, {**saved, "arch": {**arch, **given}})
     trained.arch.check_machine()
     if fixed := sorted(given.keys() - trained.arch.tunable - {"forward_dtype"}):
@@ -165,7 +165,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     """Build the model, load its weights, evaluate, write the report; returns it."""
     from data import read_dataset
     from models import ACT, build_model, kernels
-    from models.pretrained import load_tensors
+    from models.pretrained import load_tensors, load_weights
     from training.act_steps import ACTSteps
     from training.device import (
         choose_device,
@@ -186,7 +186,7 @@ def run_evaluation(job: ResolvedEvaluation) -> dict[str, Any]:
     set_determinism(device)
     with memory_advice(job.trained):
         model = build_model(job.trained.arch, job.dims, seed=0, device=device)
-        model.load_state_dict(load_tensors(found.path, config.weights)[3])
+        load_weights(model, load_tensors(found.path, config.weights)[3], found.path)
         if config.kernels == "off":
             kernels.switch_off()
         if wants_compile(config.compile, device):

@@ -40,6 +40,13 @@ class Resume:
         """Whether the checkpoint lies in a run folder; one that was copied out of it does not."""
         return self.path.parent.name == "checkpoints"
 
+    def trained(self) -> RunConfig:
+        """The configuration it was trained with; ConfigError if this version has no such."""
+        try:
+            return validate(RunConfig, self.index["config"])
+        except ConfigError as error:
+            raise ConfigError(f"{self.path / checkpoint.INDEX}: {error}") from None
+
     def check_data(self, data: DatasetConfig) -> None:
         """Raise ConfigError if changed settings plainly name another dataset; builds nothing."""
         changes = [text for text in self.changes if text.startswith("data.")]
@@ -144,7 +151,7 @@ def merge(
     for key in explicit_keys(overrides):
         if _has(values, key.split(".")):  # an experiment's key for another preset is gone
             merged = _assign(merged, values, key.split("."))
-    old = validate(RunConfig, saved)
+    old = found.trained()
     new = validate(RunConfig, merged)
     differences = _differences(old.model_dump(), new.model_dump())
     for key in _STARTING:

@@ -165,6 +165,7 @@ def hub(monkeypatch, tmp_path):
         fake.downloads.append(name)
         return str(folder / name)
 
+    monkeypatch.setattr(files, "_require_network", lambda text: None)
     fake.list_repo_files, fake.hf_hub_download = list_repo_files, hf_hub_download
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     fake.folder = folder
