@@ -7,13 +7,14 @@ used: `all_config.yaml`, its configuration.
 
 from __future__ import annotations
 
+import io
 import json
 import pickletools
 import re
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ METADATA = "loopwright"  # of a .safetensors file: JSON of {"arch", "dims"}
 KINDS = "a .safetensors file or a torch file that holds tensors only"
 _HARMLESS = ("torch", "collections OrderedDict", "numpy")  # beginnings of what tensors need
 _TEXTS = {".md", ".txt", ".json", ".yaml", ".yml", ".py", ".csv", ".png", ".jpg"}
+_HEAD = "lm_head.weight"
+_PICKLES = 4  # at the beginning of an old torch file
 _WAIT_SECONDS = 5  # for the hub's answer
 _SAVED = re.compile(r"step_(\d+)(\.pt)?$")  # as the ancestors name their files
 
@@ -49,40 +52,72 @@ def check_file(path: Path) -> None:
     """
     try:
         if is_safetensors(path):
+            _require_weights(path, _names_in_safetensors(path))
             return
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
                 if not pickles:
                     raise ModelError(f"{path} is not a torch file; give {KINDS}")
-                _check_pickle(path, archive.read(pickles[0]))
+                _check_pickles(path, archive.read(pickles[0]))
             return
         with path.open("rb") as file:
             pickled = file.read(1) == b"\x80"
         if not pickled:
             raise ModelError(f"{path} is not a file of weights; give {KINDS}")
-        _check_pickle(path, path.read_bytes())
+        _check_pickles(path, path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None
     except zipfile.BadZipFile:
         raise ModelError(f"{path} is damaged: not a whole torch file") from None
 
 
-def _check_pickle(path: Path, code: bytes) -> None:
-    """Refuse a pickle that names anything but torch's and NumPy's own building blocks."""
+def _names_in_safetensors(path: Path) -> list[str]:
+    """Names of the tensors; ModelError unless header and file fit each other."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length)
     try:
-        for opcode, argument, _ in pickletools.genops(code):
-            foreign = opcode.name == "GLOBAL" and not str(argument).startswith(_HARMLESS)
-            if foreign or opcode.name in ("STACK_GLOBAL", "INST"):
-                what = str(argument).replace(" ", ".") if foreign else "foreign objects"
-                raise ModelError(
-                    f"{path} is refused: it holds {what}, not tensors only, and loading it could "
-                    "run foreign code"
-                )
+        header = json.loads(text)
+        tensors = {name: about for name, about in header.items() if name != "__metadata__"}
+        end = max((about["data_offsets"][1] for about in tensors.values()), default=0)
+        if end != path.stat().st_size - 8 - length:
+            raise ValueError
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        raise ModelError(f"{path} is not a whole .safetensors file") from None
+    return list(tensors)
+
+
+def _check_pickles(path: Path, code: bytes) -> None:
+    """Refuse pickles that name anything but torch's and NumPy's own building blocks.
+
+    An old torch file is several in a row: a number, a version, the machine, the state.
+    """
+    stream, texts = io.BytesIO(code), []
+    try:
+        for _ in range(_PICKLES):
+            for opcode, argument, _ in pickletools.genops(stream):
+                foreign = opcode.name == "GLOBAL" and not str(argument).startswith(_HARMLESS)
+                if foreign or opcode.name in ("STACK_GLOBAL", "INST"):
+                    what = str(argument).replace(" ", ".") if foreign else "foreign objects"
+                    raise ModelError(
+                        f"{path} is refused: it holds {what}, not tensors only, and loading it "
+                        "could run foreign code"
+                    )
+                texts.append(argument)
+            if stream.tell() == len(code):
+                break
     except ValueError as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path} is damaged: its pickle ends early") from None
+    _require_weights(path, texts)
+
+
+def _require_weights(path: Path, names: Iterable[object]) -> None:
+    """Refuse a file without the one tensor that every model here has."""
+    if not any(isinstance(name, str) and name.endswith(_HEAD) for name in names):
+        raise ModelError(f"{path} holds no model that is known here: no tensor is named {_HEAD}")
 
 
 def read_file(path: Path) -> ForeignState:
@@ -104,12 +139,12 @@ def read_file(path: Path) -> ForeignState:
     except (
         OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError,
     ) as error:  # fmt: skip
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else "it ends early"
         raise ModelError(
             f"{path} cannot be read as a weights file ({reason}); give {KINDS}"
         ) from None
     try:
-        if not isinstance(content, Mapping):
+        if not isinstance(content, Mapping) or not all(isinstance(n, str) for n in content):
             raise TypeError
         return read_state(content)
     except TypeError:

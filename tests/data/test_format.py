@@ -85,7 +85,7 @@ def test_round_trip(tmp_path):
     single = PuzzleSet.of_single_examples(arrays.inputs, arrays.labels)
     for split in ("train", "test"):
         written = PuzzleDataset(
-            split, 9, 5, 5, 0, None, 0, "print", {"name": "sudoku", "box": [3, 3]},
+            split, 9, 5, 5, 0, None, 0, "print", {"name": "dihedral", "size": [1, 5]},
             {"all": arrays, "hard": single},
         )  # fmt: skip
         write_dataset(tmp_path, written, source="here")
