@@ -69,6 +69,10 @@ class ArcConfig(DatasetConfig):
         for key, source in self._sources():
             source_files(key, source)
 
+    def planned_tokens(self) -> tuple[int, int]:
+        """See `DatasetConfig.planned_tokens`."""
+        return SEQ_LEN, VOCAB_SIZE
+
     def identity(self) -> dict[str, object]:
         """All keys; files by their contents and folders also by their files' names."""
         contents = {}

@@ -83,6 +83,10 @@ class DatasetConfig(BaseModel):
         """Training examples that `build` would write, where the keys tell."""
         return None
 
+    def planned_tokens(self) -> tuple[int, int] | None:
+        """Tokens of an example and size of the vocabulary that `build` would write, where known."""
+        return None
+
     def test_only(self) -> DatasetConfig:
         """This configuration reduced to what an evaluation needs."""
         return self

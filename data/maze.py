@@ -98,6 +98,10 @@ class MazeConfig(CsvDatasetConfig):
         """Such as maze-30x30."""
         return f"maze-{self.size[0]}x{self.size[1]}"
 
+    def planned_tokens(self) -> tuple[int, int]:
+        """See `DatasetConfig.planned_tokens`."""
+        return self.size[0] * self.size[1], VOCAB_SIZE
+
     def identity(self) -> dict[str, object]:
         """As all such datasets; of generated ones with the defaults spelled out."""
         keys = super().identity()

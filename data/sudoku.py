@@ -147,6 +147,11 @@ class SudokuConfig(CsvDatasetConfig):
         n = self.box[0] * self.box[1]
         return f"sudoku-{n}x{n}"
 
+    def planned_tokens(self) -> tuple[int, int]:
+        """See `DatasetConfig.planned_tokens`."""
+        digits = self.box[0] * self.box[1]
+        return digits**2, digits + 2
+
     def identity(self) -> dict[str, object]:
         """As all such datasets; of generated ones with the defaults spelled out."""
         keys = super().identity()

@@ -116,6 +116,10 @@ class TextConfig(DatasetConfig):
                 test.append((path, cut, size))
         return train, test
 
+    def planned_tokens(self) -> tuple[int, int]:
+        """See `DatasetConfig.planned_tokens`."""
+        return self.seq_len, _VOCAB_SIZE
+
     def identity(self) -> dict[str, object]:
         """All keys; files by their contents, in their order."""
         keys = self.model_dump(mode="json", exclude={"files", "test_files", "num_aug"})

@@ -23,6 +23,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import ModelDims, ModelError, files
+from scripts.arguments import Parser, whole
 from training.errors import reported
 
 
@@ -73,12 +74,14 @@ def to_theirs(path: Path, target: Path, options: argparse.Namespace) -> str:
 
 def main() -> None:
     """Convert in the direction that the source asks for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source")
     parser.add_argument("target", type=Path)
     parser.add_argument("fields", nargs="*", metavar="arch.key=value")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
-    parser.add_argument("--seq-len", type=int, help="tokens of a puzzle, where the file is silent")
+    parser.add_argument(
+        "--seq-len", type=whole(1), help="tokens of a puzzle, where the file is silent"
+    )
     parser.add_argument("--prefix", default="_orig_mod.model.inner.", help="of THEIRS' names")
     options = parser.parse_intermixed_args()
     hub = options.source.startswith(files.HUB)

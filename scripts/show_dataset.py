@@ -23,6 +23,7 @@ from data.arc_grids import decode
 from data.hashing import hash32
 from data.maze_rules import FREE, GOAL, PATH, START, WALL
 from data.puzzles import TokenStream
+from scripts.arguments import Parser, whole
 
 _CHOICE = 0x71  # stream of the hash
 _ARC = ("#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00", "#aaaaaa", "#f012be", "#ff851b",
@@ -153,15 +154,15 @@ def sheet(dataset: PuzzleDataset, name: str, count: int, augmentations: int, see
 
 def main(arguments: list[str]) -> None:
     """Parse the arguments, draw, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="dataset folder")
     parser.add_argument("--split", choices=("train", "test"), default="train")
     parser.add_argument("--set", help="set of the split; default: its first")
-    parser.add_argument("--count", type=int, default=6, help="examples")
-    parser.add_argument("--augmentations", type=int, default=2, help="of each, beside the original")
-    parser.add_argument("--seed", type=int, default=0, help="which examples")
+    parser.add_argument("--count", type=whole(1), default=6, help="examples")
+    parser.add_argument(
+        "--augmentations", type=whole(0), default=2, help="of each, beside the original"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0, help="which examples")
     parser.add_argument("--out", type=Path, help="default: the folder's name.png")
     given = parser.parse_args(arguments)
     try:

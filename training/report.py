@@ -15,7 +15,7 @@ from models.files import HUB
 from training import checkpoint
 from training.config import EvaluateConfig, RunConfig, validate, validate_data
 from training.errors import ConfigError
-from training.resolve import World, check_device
+from training.resolve import World, check_device, check_hardware
 from training.resume import Resume, WarmStart, find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     else:
         trained, dims = _of_file(config, found)
     check_device(config.device)
+    check_hardware(config.device, trained.arch)
     there = found.run_dir if isinstance(found, Resume) else found.path.parent
     if config.checkpoint.startswith(HUB):
         there = Path()  # not among the downloads
@@ -67,15 +68,14 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     _require_writable(output_dir)
     data = _test_data(config, trained)
     data.check()
+    if planned := data.planned_tokens():
+        _check_tokens(f"data={data.label()}", planned, found, dims)
     dataset_path = data.prepare(Path(config.datasets_dir))
     info = dataset_info(dataset_path)
     if not dims.seq_len:  # a file of an ancestor does not tell
         dims = replace(dims, seq_len=info.seq_len)
-    if (info.seq_len, info.vocab_size) != (dims.seq_len, dims.vocab_size):
-        raise ConfigError(
-            f"{dataset_path} does not fit {found.path}: it has {info.seq_len} tokens of a "
-            f"vocabulary of {info.vocab_size}, the model {dims.seq_len} of {dims.vocab_size}"
-        )
+    _check_tokens(str(dataset_path), (info.seq_len, info.vocab_size), found, dims)
+    _check_votes(config.eval.add_votes, info)
     if trained.arch.prefix_len and info.num_puzzle_ids > dims.num_puzzle_ids:
         raise ConfigError(
             f"{dataset_path} has {info.num_puzzle_ids} puzzle identifiers, but {found.path} has "
@@ -88,6 +88,27 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     return ResolvedEvaluation(
         config, trained, found, dims, dataset_path, info, output_dir, World.from_environment()
     )
+
+
+def _check_tokens(
+    source: str, here: tuple[int, int], found: Resume | WarmStart, dims: ModelDims
+) -> None:
+    """Raise ConfigError unless tokens and vocabulary of the data are those of the model."""
+    there = (dims.seq_len or here[0], dims.vocab_size)  # a file of an ancestor tells no length
+    if here != there:
+        raise ConfigError(
+            f"{source} does not fit {found.path}: it has {here[0]} tokens of a vocabulary of "
+            f"{here[1]}, the model {there[0]} of {there[1]}"
+        )
+
+
+def _check_votes(files: tuple[str, ...], info: DatasetInfo) -> None:
+    """Raise ConfigError if votes are to be added where there are none."""
+    for file in files:
+        if (info.task or {}).get("name") != "arc":
+            raise ConfigError(f"eval.add_votes={file}: only ARC has votes; leave it out")
+        if not Path(file).is_file():
+            raise ConfigError(f"eval.add_votes={file} does not exist; give a votes.npz")
 
 
 def _require_writable(output_dir: Path) -> None:

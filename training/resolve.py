@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data import DATASETS, DatasetInfo, dataset_info
-from models import ARCHITECTURES, ModelDims
-from optim import OPTIMIZERS
+from models import ARCHITECTURES, ModelDims, ReasoningConfig
+from optim import OPTIMIZERS, OptimizerConfig
 from training.config import CheckpointKeys, RunConfig, validate
 from training.errors import ConfigError
 from training.resume import Resume, WarmStart, find_start, merge
@@ -131,7 +131,7 @@ def check(config: RunConfig, world: World) -> None:
     if config.device == "mps" and config.arch.forward_dtype == "float64":
         raise ConfigError("arch.forward_dtype=float64 does not exist on device=mps; use float32")
     check_device(config.device)
-    check_hardware(config)
+    check_hardware(config.device, config.arch, config.optim)
     check_causal(config, config.data.causal)
     if config.eval.add_votes:
         raise ConfigError("eval.add_votes is for evaluate.py: in training checkpoints vote alone")
@@ -142,21 +142,22 @@ def check(config: RunConfig, world: World) -> None:
         count_steps(config, planned)
 
 
-def check_hardware(config: RunConfig) -> None:
+def check_hardware(
+    device: str, arch: ReasoningConfig, optim: OptimizerConfig | None = None
+) -> None:
     """Raise ConfigError for what only a CUDA device can do, where there plainly is none."""
-    if config.device.startswith("cuda") or (config.device == "auto" and _cuda_devices() != 0):
+    if device.startswith("cuda") or (device == "auto" and _cuda_devices() != 0):
         return
-    arch = config.arch
     for key, wanted in (
         ("arch.fp8=true", arch.fp8),
-        ("optim.fused=on", config.optim.fused == "on"),
+        ("optim.fused=on", optim is not None and optim.fused == "on"),
         (
             f"arch.attention_backend={arch.attention_backend}",
             arch.has_attention and arch.attention_backend in ("fa2", "fa3"),
         ),
     ):
         if wanted:
-            raise ConfigError(f"{key} needs a CUDA device, and device={config.device} is none here")
+            raise ConfigError(f"{key} needs a CUDA device, and device={device} is none here")
 
 
 def check_causal(config: RunConfig, causal: bool) -> None:
