@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -38,6 +38,8 @@ class ArcConfig(DatasetConfig):
     renamed, black kept; grids turned), and is also moved about on its canvas while training. An
     augmentation is a function of its number, so each pair is stored once.
     """
+
+    may_have_votes: ClassVar[bool] = True
 
     name: Literal["arc"] = "arc"
     num_aug: Annotated[int, Field(strict=True, ge=0, le=10**7)] = 1000

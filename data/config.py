@@ -48,6 +48,7 @@ class DatasetConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     causal: ClassVar[bool] = False  # whether the labels are the inputs to come
+    may_have_votes: ClassVar[bool] = False  # whether its scorer may collect votes
 
     name: str
     # 0: none; N: an index from 0..N, 0 being the identity (the papers' "1k × 1000" is 1000);

@@ -27,7 +27,7 @@ def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
         except ValueError:
             number = least - 1
         if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text} should be a whole number from {least} on")
+            raise argparse.ArgumentTypeError(f"{text} should be a whole number, {least} to {most}")
         return number
 
     return read

@@ -46,14 +46,19 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class _Dims(_Part):
+class _Dataset(_Part):
     seq_len: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     num_puzzle_ids: int = Field(ge=1)
-
-
-class _Dataset(_Dims):
     fingerprint: str
+
+
+class _Dims(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    seq_len: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    num_puzzle_ids: int = Field(ge=1)
 
 
 class _Index(_Part):

@@ -68,6 +68,7 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     _require_writable(output_dir)
     data = _test_data(config, trained)
     data.check()
+    _check_votes(config.eval.add_votes, data.may_have_votes)
     if planned := data.planned_tokens():
         _check_tokens(f"data={data.label()}", planned, found, dims)
     dataset_path = data.prepare(Path(config.datasets_dir))
@@ -75,7 +76,7 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     if not dims.seq_len:  # a file of an ancestor does not tell
         dims = replace(dims, seq_len=info.seq_len)
     _check_tokens(str(dataset_path), (info.seq_len, info.vocab_size), found, dims)
-    _check_votes(config.eval.add_votes, info)
+    _check_votes(config.eval.add_votes, (info.task or {}).get("name") == "arc")
     if trained.arch.prefix_len and info.num_puzzle_ids > dims.num_puzzle_ids:
         raise ConfigError(
             f"{dataset_path} has {info.num_puzzle_ids} puzzle identifiers, but {found.path} has "
@@ -102,10 +103,10 @@ def _check_tokens(
         )
 
 
-def _check_votes(files: tuple[str, ...], info: DatasetInfo) -> None:
+def _check_votes(files: tuple[str, ...], possible: bool) -> None:
     """Raise ConfigError if votes are to be added where there are none."""
     for file in files:
-        if (info.task or {}).get("name") != "arc":
+        if not possible:
             raise ConfigError(f"eval.add_votes={file}: only ARC has votes; leave it out")
         if not Path(file).is_file():
             raise ConfigError(f"eval.add_votes={file} does not exist; give a votes.npz")
