@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -39,6 +39,8 @@ class ArcConfig(DatasetConfig):
     augmentation is a function of its number, so each pair is stored once.
     """
 
+    may_have_votes: ClassVar[bool] = True
+
     name: Literal["arc"] = "arc"
     num_aug: Annotated[int, Field(strict=True, ge=0, le=10**7)] = 1000
     train: Paths = ()
@@ -68,6 +70,10 @@ class ArcConfig(DatasetConfig):
         """Check that every source is there."""
         for key, source in self._sources():
             source_files(key, source)
+
+    def planned_tokens(self) -> tuple[int, int]:
+        """See `DatasetConfig.planned_tokens`."""
+        return SEQ_LEN, VOCAB_SIZE
 
     def identity(self) -> dict[str, object]:
         """All keys; files by their contents and folders also by their files' names."""

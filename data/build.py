@@ -56,7 +56,7 @@ def parse(arguments: list[str]) -> tuple[str, dict[str, Any], Path]:
     """Kind, keys and output folder; DataError names what is wrong."""
     kind, rest = arguments[0], list(arguments[1:])
     if kind not in _KINDS:
-        raise DataError(f"there is no dataset {kind}{_nearest(kind, _KINDS)}.")
+        raise DataError(f"there is no dataset {kind}{_nearest(kind, _KINDS)}")
     known = {key for key in DATASETS[kind].model_fields if key != "name"}
     values: dict[str, Any] = {}
     out = "datasets"
@@ -71,9 +71,11 @@ def parse(arguments: list[str]) -> tuple[str, dict[str, Any], Path]:
         if not (has_value and key):
             raise DataError(f"'{word}' is not of the form key=value.")
         if key in ("out", "datasets_dir"):
+            if not value:
+                raise DataError(f"{key}= names no folder; give the one to build in.")
             out = value
         elif key not in known:
-            raise DataError(f"data.{key}: {kind} has no such key{_nearest(key, known)}.")
+            raise DataError(f"data.{key}: {kind} has no such key{_nearest(key, known)}")
         else:
             values[key] = _value(key, value)
     return kind, values, Path(out)
@@ -113,7 +115,7 @@ def _tuples(value: Any) -> Any:
 
 def _nearest(word: str, choices: list[str] | set[str]) -> str:
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(choices))}"
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(choices))}."
 
 
 def configure(kind: str, values: dict[str, Any]) -> DatasetConfig:

@@ -48,6 +48,7 @@ class DatasetConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     causal: ClassVar[bool] = False  # whether the labels are the inputs to come
+    may_have_votes: ClassVar[bool] = False  # whether its scorer may collect votes
 
     name: str
     # 0: none; N: an index from 0..N, 0 being the identity (the papers' "1k × 1000" is 1000);
@@ -78,6 +79,14 @@ class DatasetConfig(BaseModel):
         """SHA-256 (hex) of `identity` and the format version."""
         text = json.dumps({"format": FORMAT_VERSION, **self.identity()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def planned_examples(self) -> int | None:
+        """Training examples that `build` would write, where the keys tell."""
+        return None
+
+    def planned_tokens(self) -> tuple[int, int] | None:
+        """Tokens of an example and size of the vocabulary that `build` would write, where known."""
+        return None
 
     def test_only(self) -> DatasetConfig:
         """This configuration reduced to what an evaluation needs."""

@@ -106,6 +106,17 @@ class CsvDatasetConfig(DatasetConfig):
                 "data.test_fraction (such as 0.1) to hold out a share of the training file"
             )
 
+    @property
+    def generated_count(self) -> int:
+        """Training puzzles to generate."""
+        raise NotImplementedError
+
+    def planned_examples(self) -> int | None:
+        """As many as are generated or drawn; 0 for a test file alone."""
+        if not self.from_csv:
+            return self.generated_count
+        return 0 if self.train_csv is None else self.max_train
+
     def test_only(self) -> CsvDatasetConfig:
         """Where there is a test file: that file alone, whatever the training puzzles were."""
         if self.test_csv is None:

@@ -1,7 +1,7 @@
 """A dataset that exists already, in the ancestors' (HRM, TRM) on-disk format."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from data.config import DatasetConfig
 from data.errors import DataError
@@ -10,6 +10,8 @@ from data.format import dataset_info, read_dataset
 
 class FolderConfig(DatasetConfig):
     """`data=folder data.path=…`: read `path` as it is; nothing is built or copied."""
+
+    may_have_votes: ClassVar[bool] = True
 
     name: Literal["folder"] = "folder"
     path: str

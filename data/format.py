@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.errors import DataError
 from data.mixture import is_mixture, mixture_info, read_mixture
+from data.named import check_augmentation, check_task
 from data.puzzles import DatasetInfo, PuzzleDataset, PuzzleSet, TokenStream
 from data.streams import check_stream, read_stream
 
@@ -187,6 +188,11 @@ def _named(path: Path, split: str, meta: Metadata, key: str) -> dict[str, Any] |
             f"{path / split / 'dataset.json'}: loopwright.{key} must be null or an object "
             "with a name."
         )
+    file = path / split / "dataset.json"
+    if spec is not None and key == "augmentation":
+        check_augmentation(file, spec, meta.seq_len)
+    elif spec is not None:
+        check_task(file, spec, meta.seq_len, meta.loopwright.get("augmentation"))
     return spec
 
 

@@ -89,16 +89,25 @@ class MazeConfig(CsvDatasetConfig):
             return self.min_path
         return max(1, round(_PUBLISHED_PATH * self.size[0] * self.size[1] / _PUBLISHED_CELLS))
 
+    @property
+    def generated_count(self) -> int:
+        """Training puzzles to generate."""
+        return self.num_train or _DEFAULT_COUNT
+
     def label(self) -> str:
         """Such as maze-30x30."""
         return f"maze-{self.size[0]}x{self.size[1]}"
+
+    def planned_tokens(self) -> tuple[int, int]:
+        """See `DatasetConfig.planned_tokens`."""
+        return self.size[0] * self.size[1], VOCAB_SIZE
 
     def identity(self) -> dict[str, object]:
         """As all such datasets; of generated ones with the defaults spelled out."""
         keys = super().identity()
         if not self.from_csv:
             keys |= {
-                "num_train": self.num_train or _DEFAULT_COUNT,
+                "num_train": self.generated_count,
                 "num_test": self.num_test or _DEFAULT_COUNT,
                 "min_path": self._min_path,
             }
@@ -111,7 +120,7 @@ class MazeConfig(CsvDatasetConfig):
         else:
             spec = MazeSpec(
                 size=self.size,
-                num_train=self.num_train or _DEFAULT_COUNT,
+                num_train=self.generated_count,
                 num_test=self.num_test or _DEFAULT_COUNT,
                 seed=self.seed,
                 walls=self.walls,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
@@ -25,6 +25,8 @@ class MixConfig(DatasetConfig):
     comes from a part with a chance in proportion to its weight (equal ones by default). The parts
     need one token format: vocabulary, length, padding. Augmentations are those of the parts.
     """
+
+    may_have_votes: ClassVar[bool] = True
 
     name: Literal["mix"] = "mix"
     parts: tuple[SerializeAsAny[DatasetConfig], ...]

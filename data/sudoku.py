@@ -108,7 +108,7 @@ class SudokuConfig(CsvDatasetConfig):
                 f"4×4 has {NUM_GRIDS} solution grids"
             )
         for key, count, grids in (
-            ("num_train", self._train_count, NUM_GRIDS - test),
+            ("num_train", self.generated_count, NUM_GRIDS - test),
             ("num_test", self._test_count, test),
         ):
             most = most_puzzles_4x4(grids, self.clue_range)
@@ -128,7 +128,8 @@ class SudokuConfig(CsvDatasetConfig):
         return FEWEST_CLUES[self.box], (self.box[0] * self.box[1]) ** 2 - 1
 
     @property
-    def _train_count(self) -> int:
+    def generated_count(self) -> int:
+        """Training puzzles to generate."""
         return self.num_train or _DEFAULT_TRAIN[self.box]
 
     @property
@@ -146,12 +147,17 @@ class SudokuConfig(CsvDatasetConfig):
         n = self.box[0] * self.box[1]
         return f"sudoku-{n}x{n}"
 
+    def planned_tokens(self) -> tuple[int, int]:
+        """See `DatasetConfig.planned_tokens`."""
+        digits = self.box[0] * self.box[1]
+        return digits**2, digits + 2
+
     def identity(self) -> dict[str, object]:
         """As all such datasets; of generated ones with the defaults spelled out."""
         keys = super().identity()
         if not self.from_csv:
             keys |= {
-                "num_train": self._train_count,
+                "num_train": self.generated_count,
                 "num_test": self._test_count,
                 "holdout_grids": self._holdout,
                 "num_clues": [self.clue_range, self._clue_draw],
@@ -202,7 +208,7 @@ class SudokuConfig(CsvDatasetConfig):
         return generate_splits(
             GeneratorSpec(
                 box=self.box,
-                num_train=self._train_count,
+                num_train=self.generated_count,
                 num_test=self._test_count,
                 seed=self.seed,
                 minimal=self.minimal,

@@ -78,10 +78,10 @@ class TextConfig(DatasetConfig):
             found += files
         found = list(dict.fromkeys(found))
         full = [path for path in found if path.stat().st_size > 0]
-        if len(full) < len(found):
-            logger.warning("data.%s: %d files are empty", key, len(found) - len(full))
         if not full:
             raise DataError(f"data.{key}: every file is empty.")
+        if len(full) < len(found):
+            logger.warning("data.%s: %d files are empty", key, len(found) - len(full))
         return full
 
     def check(self) -> None:
@@ -115,6 +115,10 @@ class TextConfig(DatasetConfig):
             if cut < size:
                 test.append((path, cut, size))
         return train, test
+
+    def planned_tokens(self) -> tuple[int, int]:
+        """See `DatasetConfig.planned_tokens`."""
+        return self.seq_len, _VOCAB_SIZE
 
     def identity(self) -> dict[str, object]:
         """All keys; files by their contents, in their order."""

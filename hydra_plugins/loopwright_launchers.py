@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     "process": {},
@@ -71,5 +71,5 @@ class LoopwrightLauncher(Launcher):
         from training.sweep import run_sweep
 
         with reported():
-            launch = make_launch(self.kind, self.settings)
+            launch = make_launch(self.kind, OmegaConf.to_container(OmegaConf.create(self.settings)))
             return run_sweep([list(job) for job in job_overrides], self.config.runs_dir, launch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.attention_backends import check_installed
+from models.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,14 @@ class ModelDims:
     seq_len: int  # tokens of one puzzle, without the prefix
     vocab_size: int
     num_puzzle_ids: int
+
+
+def physical_memory() -> int | None:
+    """Bytes of memory of this machine; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 class LossConfig(BaseModel):
@@ -145,9 +155,22 @@ class ReasoningConfig(BaseModel):
         return self.puzzle_emb_len if self.puzzle_emb_ndim else 0
 
     def check_machine(self) -> None:
-        """Raise ModelError if a package that the configuration asks for is missing here."""
+        """Raise ModelError if this machine lacks a package that is asked for, or the memory."""
         if self.has_attention:
             check_installed(self.attention_backend)
+        needed, there = 4 * self.least_parameters(), physical_memory()
+        if there is not None and needed > there:
+            raise ModelError(
+                f"arch: the weights alone would take {needed / 2**30:,.0f} GiB, and this machine "
+                f"has {there / 2**30:,.0f}; lower hidden_size ({self.hidden_size}), expansion "
+                f"({self.expansion:g}) or the number of layers"
+            )
+
+    def least_parameters(self) -> int:
+        """Parameters of the blocks' large matrices: a lower bound that needs no torch."""
+        layers = sum(self.levels(lambda layers, *_, **__: layers).values())
+        per_layer = (4 if self.has_attention else 0) + 2 * self.expansion  # × hidden_size²
+        return round(layers * per_layer * self.hidden_size**2)
 
     def portable(self) -> ReasoningConfig:
         """The same model, without what only some machines have."""

@@ -164,11 +164,24 @@ def load_pretrained(
         raise ModelError(f"{path} does not tell how many tokens a puzzle has; give seq_len=N")
     config = make_config(name, {**known, **fields}, path).portable()
     model = build_model(config, dims, seed=0, device=_device(device))
-    fit = model.load_state_dict(tensors, strict=False)
-    if fit.missing_keys or fit.unexpected_keys:
-        names = fit.missing_keys or fit.unexpected_keys
-        raise ModelError(f"{path} does not fit arch={name}: {names[0]} is missing or unknown")
+    load_weights(model, tensors, path)
     return Solver(model)
+
+
+def load_weights(model: ReasoningModel, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load the weights read from `source`; ModelError names the first that does not fit."""
+    here = model.state_dict()
+    misfit = sorted(here.keys() ^ tensors.keys())
+    if misfit:
+        state = "missing" if misfit[0] in here else "unknown"
+        raise ModelError(f"{source} does not fit arch={model.config.name}: {misfit[0]} is {state}")
+    for name, tensor in tensors.items():
+        if tensor.shape != here[name].shape:
+            raise ModelError(
+                f"{source} does not fit its description: {name} has shape {list(tensor.shape)} "
+                f"there and {list(here[name].shape)} here"
+            )
+    model.load_state_dict(tensors)
 
 
 def make_config(name: str, fields: Mapping[str, Any], source: Path) -> ReasoningConfig:
@@ -215,7 +228,7 @@ def describe_file(path: Path, weights: str = "ema") -> Described:
     told = files.metadata(path)
     if told is not None:
         fields = dict(told["arch"])
-        return fields.pop("name"), fields, ModelDims(**told["dims"]), tensors
+        return fields.pop("name"), fields, _dims(told["dims"], path), tensors
     try:
         name, fields, dims = describe(tensors, files.reference_config(path))
     except (KeyError, ValidationError) as error:
@@ -245,16 +258,29 @@ def _read_checkpoint(folder: Path, weights: str) -> Described:
                     raise ModelError(f"{file} is damaged: its checksum does not fit")
                 tensors |= load_file(file)
         fields = dict(index["config"]["arch"])
-        return fields.pop("name"), fields, ModelDims(**index["dims"]), tensors
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return fields.pop("name"), fields, _dims(index["dims"], folder), tensors
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{folder} is no whole checkpoint ({error})") from None
 
 
+def _dims(values: Mapping[str, Any], source: Path) -> ModelDims:
+    """What a file says of the dataset's part in the model's shape."""
+    if values.keys() != ModelDims.__dataclass_fields__.keys() or not all(
+        type(value) is int and value >= 0 for value in values.values()
+    ):
+        raise ModelError(f"{source}: its description of the model's shape is damaged")
+    return ModelDims(**values)
+
+
 def _device(device: str | torch.device) -> torch.device:
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"device={device} cannot be used here ({reason})") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -11,7 +11,6 @@ steps: equal losses mean equal training.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import sys
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import PuzzleDataset
 from data.puzzles import PuzzleSet
 from models import ModelDims
+from scripts.arguments import Parser, whole
 from training.cli import compose_values, preflight
 from training.config import RunConfig, validate
 from training.device import choose_device, prepare_execution, set_determinism
@@ -99,12 +99,12 @@ def measure(config: RunConfig, dims: ModelDims, steps: int, device: torch.device
 
 def main() -> None:
     """Measure every mode."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--seq-len", type=int, default=81)
-    parser.add_argument("--vocab-size", type=int, default=12)
-    parser.add_argument("--puzzles", type=int, default=1000, help="rows of the puzzle table")
+    parser.add_argument("--steps", type=whole(1), default=10)
+    parser.add_argument("--seq-len", type=whole(1), default=81)
+    parser.add_argument("--vocab-size", type=whole(2), default=12)
+    parser.add_argument("--puzzles", type=whole(1), default=1000, help="rows of the puzzle table")
     options, given = parser.parse_known_args()
     overrides = preflight("cfg_pretrain", RunConfig, ["experiment=plain", "data.num_aug=0", *given])
     config: RunConfig = validate(RunConfig, compose_values("cfg_pretrain", overrides))

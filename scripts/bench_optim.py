@@ -30,6 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from optim import SparseSignSGD
+from scripts.arguments import Parser
 from scripts.optimizers_at_hand import LR, Step, contenders, make_params, shapes_of
 
 SETS = ["trm7m", "single", "sparse", "gpt350m", "transformer"]
@@ -235,7 +236,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run and report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", choices=[*SETS, "tiny"])
     parser.add_argument("--only", help="regular expression over the names")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")

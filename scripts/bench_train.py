@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.puzzles import DatasetInfo, PuzzleDataset, PuzzleSet
 from models import kernels
+from scripts.arguments import Parser, whole
 from training.cli import compose_values
 from training.config import RunConfig, validate
 from training.device import choose_device, prepare_execution, set_determinism
@@ -234,11 +235,11 @@ def clean() -> None:
 
 def main() -> None:
     """Run and report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="*", help=f"of {', '.join(SETTINGS)}; none: all")
     parser.add_argument("--set", nargs="*", default=[], help="overrides, as of pretrain.py")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--steps", type=whole(1), default=20)
+    parser.add_argument("--warmup", type=whole(0), default=3)
     parser.add_argument("--variants", action="store_true", help="with each fusion switched off")
     parser.add_argument("--profile", type=Path, help="folder for traces")
     parser.add_argument("--cold", action="store_true", help="compile caches start empty")

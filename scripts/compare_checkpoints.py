@@ -6,12 +6,12 @@ tensor of every file and every counter is compared. Exit code 0: identical; 1: n
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from scripts.arguments import Parser
 from training.checkpoint import read_index, read_tensors
 from training.errors import ConfigError, fail
 from training.resume import Resume, find_checkpoint
@@ -66,7 +66,7 @@ def differences(a: Resume, b: Resume) -> list[str]:
 
 def main() -> None:
     """Print `identical`, or every difference."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("a", metavar="A", help="checkpoint folder or run folder")
     parser.add_argument("b", metavar="B", help="the other one")
     arguments = parser.parse_args()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import ModelDims, ModelError, files
+from scripts.arguments import Parser, whole
 from training.errors import reported
 
 
@@ -61,6 +63,8 @@ def to_theirs(path: Path, target: Path, options: argparse.Namespace) -> str:
     from models.legacy import PREFIX, to_reference
     from models.pretrained import load_tensors
 
+    if options.fields:
+        raise ModelError(f"'{options.fields[0]}' is for ancestors' files; {path} is of Loopwright")
     name, _, _, tensors = load_tensors(path, options.weights)
     try:
         renamed = to_reference(tensors)
@@ -71,16 +75,27 @@ def to_theirs(path: Path, target: Path, options: argparse.Namespace) -> str:
     return f"{path} → {target}: arch={name}, {len(renamed)} tensors, as in {next(iter(renamed))}"
 
 
+def check_target(target: Path) -> None:
+    """Raise ModelError if nothing can be written there, or something is there already."""
+    if target.exists():
+        raise ModelError(f"{target} exists already; remove it, or choose another name")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ModelError(f"{target}: {target.parent} is not a folder that can be written to")
+
+
 def main() -> None:
     """Convert in the direction that the source asks for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source")
     parser.add_argument("target", type=Path)
     parser.add_argument("fields", nargs="*", metavar="arch.key=value")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema")
-    parser.add_argument("--seq-len", type=int, help="tokens of a puzzle, where the file is silent")
+    parser.add_argument(
+        "--seq-len", type=whole(1), help="tokens of a puzzle, where the file is silent"
+    )
     parser.add_argument("--prefix", default="_orig_mod.model.inner.", help="of THEIRS' names")
     options = parser.parse_intermixed_args()
+    check_target(options.target)
     hub = options.source.startswith(files.HUB)
     path = files.from_hub(options.source) if hub else Path(options.source).expanduser()
     if path.is_dir() and (newest := files.newest_file(path)):

@@ -12,7 +12,6 @@ optimizer, and is that of the plain path unless compile=on.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import ModelDims, build_model
 from models.cost import cost, updates_of
 from models.reasoning import ReasoningModel
+from scripts.arguments import Parser, whole
 from training.cli import compose_values, preflight
 from training.config import RunConfig, validate
 from training.device import choose_device, configure_compiler, device_name
@@ -115,10 +115,10 @@ def report(config: RunConfig, dims: ModelDims, timed: bool) -> None:
 
 def main() -> None:
     """Read the command line and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seq-len", type=int, default=81, help="tokens of a puzzle")
-    parser.add_argument("--vocab-size", type=int, default=11)
-    parser.add_argument("--puzzles", type=int, default=1, help="rows of the puzzle embedding")
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seq-len", type=whole(1), default=81, help="tokens of a puzzle")
+    parser.add_argument("--vocab-size", type=whole(2), default=11)
+    parser.add_argument("--puzzles", type=whole(1), default=1, help="rows of the puzzle embedding")
     parser.add_argument("--no-time", action="store_true", help="measure nothing")
     options, given = parser.parse_known_args()
     overrides = preflight("cfg_pretrain", RunConfig, ["experiment=plain", *given])

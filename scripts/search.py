@@ -29,6 +29,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.arguments import Parser, whole
 from training.cli import check_override, compose_values, parse_overrides
 from training.config import RunConfig
 from training.errors import ConfigError, reported
@@ -193,13 +194,13 @@ class Search:
 
 def main() -> None:
     """Parse, check, search."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--trials", type=whole(1), default=20, help="ended ones, pruned ones included"
     )
-    parser.add_argument("--trials", type=int, default=20, help="ended ones, pruned ones included")
     parser.add_argument("--name", default="search", help="of the study; the same name goes on")
     parser.add_argument("--metric", choices=METRICS, default="exact_accuracy")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampler")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the sampler")
     parser.add_argument("--no-pruning", action="store_true")
     options, arguments = parser.parse_known_args()
     set_up_logging()

@@ -10,6 +10,7 @@ the HRM and TRM repositories. Of a test split the augmentations are those of the
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from data.arc_grids import decode
 from data.hashing import hash32
 from data.maze_rules import FREE, GOAL, PATH, START, WALL
 from data.puzzles import TokenStream
+from scripts.arguments import Parser, whole
+from training.errors import fail
 
 _CHOICE = 0x71  # stream of the hash
 _ARC = ("#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00", "#aaaaaa", "#f012be", "#ff851b",
@@ -153,20 +156,18 @@ def sheet(dataset: PuzzleDataset, name: str, count: int, augmentations: int, see
 
 def main(arguments: list[str]) -> None:
     """Parse the arguments, draw, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="dataset folder")
     parser.add_argument("--split", choices=("train", "test"), default="train")
     parser.add_argument("--set", help="set of the split; default: its first")
-    parser.add_argument("--count", type=int, default=6, help="examples")
-    parser.add_argument("--augmentations", type=int, default=2, help="of each, beside the original")
-    parser.add_argument("--seed", type=int, default=0, help="which examples")
+    parser.add_argument("--count", type=whole(1, 100), default=6, help="examples")
+    parser.add_argument(
+        "--augmentations", type=whole(0, 20), default=2, help="of each, beside the original"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0, help="which examples")
     parser.add_argument("--out", type=Path, help="default: the folder's name.png")
     given = parser.parse_args(arguments)
     try:
-        if not (1 <= given.count <= 100 and 0 <= given.augmentations <= 20 and given.seed >= 0):
-            raise DataError("--count is 1 to 100, --augmentations 0 to 20, --seed 0 or more.")
         dataset = read_dataset(given.path, given.split)
         name = given.set or next(iter(dataset.sets))
         if name not in dataset.sets:
@@ -174,10 +175,12 @@ def main(arguments: list[str]) -> None:
         out = given.out or Path(f"{given.path.resolve().name}.png")
         if out.suffix.lower() != ".png":
             raise DataError(f"--out {out} must end in .png.")
+        if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+            raise DataError(f"--out {out}: {out.parent} is not a folder that can be written to.")
         figure = sheet(dataset, name, given.count, given.augmentations, given.seed)
         figure.savefig(out, dpi=110)
     except (DataError, OSError) as error:
-        sys.exit(f"show_dataset.py: error: {' '.join(str(error).split())}")
+        fail(str(error))
     print(out)
 
 

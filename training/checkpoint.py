@@ -21,7 +21,9 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.config import file_sha256
 from training.errors import ConfigError
@@ -34,8 +36,42 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 INDEX = "index.json"
 BEST = "best.json"
-_CONTENTS = ("config", "dims", "dataset", "run_id", "seconds", "step", "files")
+_NEEDED = {f"{stem}.safetensors" for stem in ("model", "optimizer", "carry")}
 _STEP = re.compile(r"step_(\d+)$")
+
+
+class _Part(BaseModel):
+    """A part of an index, whose further keys are no concern of this version."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Dataset(_Part):
+    seq_len: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    num_puzzle_ids: int = Field(ge=1)
+    fingerprint: str
+
+
+class _Dims(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    seq_len: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    num_puzzle_ids: int = Field(ge=1)
+
+
+class _Index(_Part):
+    """The form of index.json, as far as it is read."""
+
+    format: int
+    step: int = Field(ge=0)
+    config: dict[str, Any]
+    dims: _Dims
+    dataset: _Dataset
+    run_id: str
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    files: dict[Annotated[str, Field(pattern=r"^\w+\.safetensors$")], str]
 
 
 class DamagedCheckpoint(ConfigError):
@@ -122,14 +158,21 @@ def read_index(path: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{path} has format {index['format']}; this version reads format {FORMAT}"
             )
-        if missing := [key for key in _CONTENTS if key not in index]:
-            raise DamagedCheckpoint(f"{path / INDEX} has no {missing[0]}")
+        _Index.model_validate(index)
+        if missing := sorted(_NEEDED - index["files"].keys()):
+            raise DamagedCheckpoint(f"{path / INDEX} is damaged: it lists no {missing[0]}")
         for file, checksum in index["files"].items():
             if not (path / file).is_file():
                 raise DamagedCheckpoint(f"{path / file} is missing")
             if file_sha256(path / file) != checksum:
                 raise DamagedCheckpoint(f"{path / file} is damaged: its checksum does not fit")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key, message = ".".join(map(str, first["loc"])), first["msg"]
+        raise DamagedCheckpoint(
+            f"{path / INDEX} is damaged: {key}: {message[0].lower()}{message[1:]}"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
@@ -145,13 +188,20 @@ def newest(run_dir: Path) -> tuple[Path, dict[str, Any]]:
             f"{run_dir} holds no checkpoint yet; start the run again with another run_name, "
             "or delete the folder"
         )
+    damage = []
     for step in reversed(steps):
         path = folder(run_dir) / name(step)
         try:
-            return path, read_index(path)
+            index = read_index(path)
         except DamagedCheckpoint as error:
-            logger.warning("%s; trying the checkpoint before it", error)
-    raise DamagedCheckpoint(f"every checkpoint in {folder(run_dir)} is damaged; none can be used")
+            damage.append(str(error))
+            continue
+        for text in damage:
+            logger.warning("%s; taking the checkpoint before it", text)
+        return path, index
+    raise DamagedCheckpoint(
+        f"every checkpoint in {folder(run_dir)} is damaged, and none can be used: {damage[0]}"
+    )
 
 
 def read_tensors(
@@ -192,9 +242,10 @@ def mark_best(run_dir: Path, step: int, value: float, merit: float | None = None
 def best(run_dir: Path) -> dict[str, Any] | None:
     """`{"step", "exact_accuracy"}` of the best checkpoint, or None."""
     try:
-        return json.loads((folder(run_dir) / BEST).read_text())
+        found = json.loads((folder(run_dir) / BEST).read_text())
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) and type(found.get("step")) is int else None
 
 
 def prune(run_dir: Path, keep: int) -> None:

@@ -157,6 +157,19 @@ def compose_values(config_name: str, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(_composition_error(str(error).splitlines()[0], overrides)) from None
 
 
+def _check_launcher(config_name: str, overrides: list[str]) -> None:
+    """Raise ConfigError where a multirun's launcher is unknown or has a wrong setting."""
+    from training.launchers import make_launch
+
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            composed = compose(config_name, overrides=overrides, return_hydra_config=True)
+        settings = plain(composed.hydra.launcher)
+    except (HydraException, OmegaConfBaseException, AssertionError) as error:
+        raise ConfigError(_composition_error(str(error).splitlines()[0], overrides)) from None
+    make_launch(settings.pop("kind"), {k: v for k, v in settings.items() if k != "_target_"})
+
+
 def _composition_error(reason: str, overrides: list[str]) -> str:
     """Hydra's complaint in the terms of the command line."""
     named = re.match(r"Could not override '([\w.]+)'|Error merging override ([^=]+)=", reason)
@@ -208,6 +221,8 @@ def preflight(
     overrides = parse_overrides(arguments)
     for override in overrides:
         check_override(override, schema)
+    # a group that may be null is null already, and Hydra takes no such override
+    arguments = [t for t in arguments if t not in {f"{g}=null" for g in GROUPS}]
     arguments = _onto_checkpoint(arguments, schema)
     if not set(_MULTIRUN) & set(flags):
         for override in overrides:
@@ -222,6 +237,7 @@ def preflight(
         raise ConfigError("-m is for pretrain.py; evaluate one checkpoint at a time")
     if math.prod(len(_given(override)) for override in overrides) > _MOST_JOBS:
         raise ConfigError(f"the sweep has more than {_MOST_JOBS} jobs; list fewer values")
+    _check_launcher(config_name, [text for text in arguments if text.startswith("hydra")])
     for job in expand_sweep(parse_overrides(arguments)):
         check_job(compose_values(config_name, job), job)
     return [*flags, *arguments]

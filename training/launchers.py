@@ -7,9 +7,11 @@ import logging
 import os
 import queue
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from training.errors import ConfigError
 from training.sweep import Job, Launch, one_after_another, run_job
@@ -22,17 +24,24 @@ def make_launch(kind: str, settings: dict[str, Any]) -> Launch:
     """The launch function of `hydra/launcher=KIND`; ConfigError where a package is missing."""
     if kind == "process":
         return one_after_another
+    try:
+        kinds = {"joblib": JoblibLaunch, "submitit": SubmititLaunch, "ray": RayLaunch}
+        launch = kinds[kind](**settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Input ")
+        raise ConfigError(f"hydra.launcher.{key}={first['input']}: {message}") from None
     if importlib.util.find_spec(kind) is None:
         raise ConfigError(f"hydra/launcher={kind} needs the package {kind}: pip install {kind}")
-    return {"joblib": JoblibLaunch, "submitit": SubmititLaunch, "ray": RayLaunch}[kind](**settings)
+    return launch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class JoblibLaunch:
     """`n_jobs` processes at a time on this machine; with `gpus_per_job`, each on its own GPUs."""
 
-    n_jobs: int
-    gpus_per_job: int
+    n_jobs: Annotated[int, Field(ge=-1)]  # -1: one per CPU
+    gpus_per_job: Annotated[int, Field(ge=0)]
 
     def __call__(self, jobs: list[Job]) -> Iterator[tuple[Job, int]]:
         """Launch; yields jobs as they end."""
@@ -69,17 +78,17 @@ class JoblibLaunch:
         return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(mine)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class SubmititLaunch:
     """Jobs of a SLURM array, or processes of this machine, through submitit."""
 
-    cluster: str | None
-    timeout_min: int
-    nodes: int
-    gpus_per_node: int
-    cpus_per_task: int
+    cluster: Literal["slurm", "local", "debug"] | None
+    timeout_min: Annotated[int, Field(ge=1)]
+    nodes: Annotated[int, Field(ge=1)]
+    gpus_per_node: Annotated[int, Field(ge=0)]
+    cpus_per_task: Annotated[int, Field(ge=1)]
     mem_gb: float | None
-    array_parallelism: int
+    array_parallelism: Annotated[int, Field(ge=1)]
     slurm_partition: str | None
     additional_parameters: dict[str, Any]
 
@@ -127,7 +136,7 @@ class Requeued:
         return DelayedSubmission(self, job)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class RayLaunch:
     """Tasks of a Ray cluster, or of a Ray of this machine's own: as many at a time as fit."""
 

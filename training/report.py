@@ -16,8 +16,8 @@ from models.files import HUB
 from training import checkpoint
 from training.config import EvaluateConfig, RunConfig, validate, validate_data
 from training.errors import ConfigError
-from training.resolve import World, check_device
-from training.resume import Resume, WarmStart, find_checkpoint
+from training.resolve import World, check_device, check_hardware
+from training.resume import Resume, WarmStart, find_checkpoint, saved_config
 
 if TYPE_CHECKING:
     from data import PuzzleDataset
@@ -68,6 +68,7 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     else:
         trained, dims = _of_file(config, found)
     check_device(config.device)
+    check_hardware(config.device, trained.arch)
     there = found.run_dir if isinstance(found, Resume) else found.path.parent
     if config.checkpoint.startswith(HUB) or is_published:
         there = Path()  # not among the downloads
@@ -77,15 +78,15 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     _require_writable(output_dir)
     data = _test_data(config, trained)
     data.check()
+    _check_votes(config.eval.add_votes, data.may_have_votes)
+    if planned := data.planned_tokens():
+        _check_tokens(f"data={data.label()}", planned, found, dims)
     dataset_path = data.prepare(Path(config.datasets_dir))
     info = dataset_info(dataset_path)
     if not dims.seq_len:  # a file of an ancestor does not tell
         dims = replace(dims, seq_len=info.seq_len)
-    if (info.seq_len, info.vocab_size) != (dims.seq_len, dims.vocab_size):
-        raise ConfigError(
-            f"{dataset_path} does not fit {found.path}: it has {info.seq_len} tokens of a "
-            f"vocabulary of {info.vocab_size}, the model {dims.seq_len} of {dims.vocab_size}"
-        )
+    _check_tokens(str(dataset_path), (info.seq_len, info.vocab_size), found, dims)
+    _check_votes(config.eval.add_votes, (info.task or {}).get("name") == "arc")
     if trained.arch.prefix_len and info.num_puzzle_ids > dims.num_puzzle_ids:
         raise ConfigError(
             f"{dataset_path} has {info.num_puzzle_ids} puzzle identifiers, but {found.path} has "
@@ -98,6 +99,27 @@ def resolve_evaluation(values: dict[str, Any]) -> ResolvedEvaluation:
     return ResolvedEvaluation(
         config, trained, found, dims, dataset_path, info, output_dir, World.from_environment()
     )
+
+
+def _check_tokens(
+    source: str, here: tuple[int, int], found: Resume | WarmStart, dims: ModelDims
+) -> None:
+    """Raise ConfigError unless tokens and vocabulary of the data are those of the model."""
+    there = (dims.seq_len or here[0], dims.vocab_size)  # a file of an ancestor tells no length
+    if here != there:
+        raise ConfigError(
+            f"{source} does not fit {found.path}: it has {here[0]} tokens of a vocabulary of "
+            f"{here[1]}, the model {there[0]} of {there[1]}"
+        )
+
+
+def _check_votes(files: tuple[str, ...], possible: bool) -> None:
+    """Raise ConfigError if votes are to be added where there are none."""
+    for file in files:
+        if not possible:
+            raise ConfigError(f"eval.add_votes={file}: only ARC has votes; leave it out")
+        if not Path(file).is_file():
+            raise ConfigError(f"eval.add_votes={file} does not exist; give a votes.npz")
 
 
 def _require_writable(output_dir: Path) -> None:
@@ -134,7 +156,7 @@ def _trained(config: EvaluateConfig, path: Path, index: dict[str, Any]) -> RunCo
             f"arch={given['name']} is not possible: {path} says what its model is; give "
             "single keys, such as arch.halt_max_steps"
         )
-    arch = validate(RunConfig, saved).arch.portable().model_dump(mode="json")
+    arch = saved_config(saved, path).arch.portable().model_dump(mode="json")
     trained: RunConfig = validate(RunConfig, {**saved, "arch": {**arch, **given}})
     trained.arch.check_machine()
     if fixed := sorted(given.keys() - trained.arch.tunable - {"forward_dtype"}):
@@ -201,7 +223,7 @@ def load(job: ResolvedEvaluation) -> Loaded:
     """Build the model and load its weights."""
     from data import read_dataset
     from models import ACT, build_model, kernels
-    from models.pretrained import load_tensors
+    from models.pretrained import load_tensors, load_weights
     from training.act_steps import ACTSteps
     from training.device import (
         choose_device,
@@ -215,7 +237,7 @@ def load(job: ResolvedEvaluation) -> Loaded:
     device = choose_device(config.device, job.world.local_rank)
     set_determinism(device)
     model = build_model(job.trained.arch, job.dims, seed=0, device=device)
-    model.load_state_dict(load_tensors(found.path, config.weights)[3])
+    load_weights(model, load_tensors(found.path, config.weights)[3], found.path)
     if config.kernels == "off":
         kernels.switch_off()
     if wants_compile(config.compile, device):

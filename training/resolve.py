@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data import DATASETS, DatasetInfo, dataset_info
-from models import ARCHITECTURES, ModelDims
-from optim import OPTIMIZERS
+from models import ARCHITECTURES, ModelDims, ReasoningConfig
+from optim import OPTIMIZERS, OptimizerConfig
 from training.config import CheckpointKeys, RunConfig, validate
 from training.errors import ConfigError
 from training.resume import Resume, WarmStart, find_start, merge
@@ -131,11 +131,33 @@ def check(config: RunConfig, world: World) -> None:
     if config.device == "mps" and config.arch.forward_dtype == "float64":
         raise ConfigError("arch.forward_dtype=float64 does not exist on device=mps; use float32")
     check_device(config.device)
+    check_hardware(config.device, config.arch, config.optim)
     check_causal(config, config.data.causal)
     if config.eval.add_votes:
         raise ConfigError("eval.add_votes is for evaluate.py: in training checkpoints vote alone")
     config.arch.check_machine()
     config.data.check()
+    planned = config.data.planned_examples()
+    if planned is not None:
+        count_steps(config, planned)
+
+
+def check_hardware(
+    device: str, arch: ReasoningConfig, optim: OptimizerConfig | None = None
+) -> None:
+    """Raise ConfigError for what only a CUDA device can do, where there plainly is none."""
+    if device.startswith("cuda") or (device == "auto" and _cuda_devices() != 0):
+        return
+    for key, wanted in (
+        ("arch.fp8=true", arch.fp8),
+        ("optim.fused=on", optim is not None and optim.fused == "on"),
+        (
+            f"arch.attention_backend={arch.attention_backend}",
+            arch.has_attention and arch.attention_backend in ("fa2", "fa3"),
+        ),
+    ):
+        if wanted:
+            raise ConfigError(f"{key} needs a CUDA device, and device={device} is none here")
 
 
 def check_causal(config: RunConfig, causal: bool) -> None:
@@ -147,18 +169,18 @@ def check_causal(config: RunConfig, causal: bool) -> None:
         )
 
 
-def count_steps(config: RunConfig, info: DatasetInfo) -> int:
-    """Optimizer steps of the whole run."""
-    if info.num_train_examples == 0:
+def count_steps(config: RunConfig, num_examples: int) -> int:
+    """Optimizer steps of the whole run over so many training examples."""
+    if num_examples == 0:
         raise ConfigError(
             "the dataset has a test split only; give training puzzles, such as data.train_csv"
         )
     if config.max_steps is not None:
         return config.max_steps
-    rows = config.epochs * info.num_train_examples
+    rows = config.epochs * num_examples
     if rows < config.global_batch_size:
         raise ConfigError(
-            f"epochs={config.epochs} of {info.num_train_examples} puzzles are fewer rows than one "
+            f"epochs={config.epochs} of {num_examples} puzzles are fewer rows than one "
             f"step of global_batch_size={config.global_batch_size}; raise epochs or lower the batch"
         )
     return rows // config.global_batch_size
@@ -222,7 +244,7 @@ def resolve(values: dict[str, Any], overrides: list[str]) -> ResolvedRun:
         dataset_path = config.data.prepare(Path(config.datasets_dir))
         info = dataset_info(dataset_path)
         check_causal(config, info.causal)
-        total_steps = count_steps(config, info)
+        total_steps = count_steps(config, info.num_train_examples)
         if isinstance(found, Resume):
             found.check_dataset(info)
             found.check_steps(total_steps)

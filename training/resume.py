@@ -40,6 +40,10 @@ class Resume:
         """Whether the checkpoint lies in a run folder; one that was copied out of it does not."""
         return self.path.parent.name == "checkpoints"
 
+    def trained(self) -> RunConfig:
+        """The configuration it was trained with; ConfigError if this version has no such."""
+        return saved_config(self.index["config"], self.path)
+
     def check_data(self, data: DatasetConfig) -> None:
         """Raise ConfigError if changed settings plainly name another dataset; builds nothing."""
         changes = [text for text in self.changes if text.startswith("data.")]
@@ -78,6 +82,15 @@ class WarmStart:
     """A file or folder of weights: a new run starts from them, at step 0."""
 
     path: Path
+
+
+def saved_config(values: object, path: Path) -> RunConfig:
+    """The configuration that `path`, a folder or a file, was saved with; ConfigError as above."""
+    try:
+        return validate(RunConfig, values)
+    except ConfigError as error:
+        source = path / checkpoint.INDEX if path.is_dir() else path
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def find_checkpoint(text: str, runs_dir: Path) -> Resume | WarmStart:
@@ -148,7 +161,7 @@ def merge(
     for key in explicit_keys(overrides):
         if _has(values, key.split(".")):  # an experiment's key for another preset is gone
             merged = _assign(merged, values, key.split("."))
-    old = validate(RunConfig, saved)
+    old = found.trained()
     new = validate(RunConfig, merged)
     differences = _differences(old.model_dump(), new.model_dump())
     for key in _STARTING:

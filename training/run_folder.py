@@ -68,6 +68,11 @@ def new_run_dir(config: RunConfig) -> tuple[Path, str]:
                 f"run_name={config.run_name}: {run_dir} exists already; choose another name, or "
                 f"continue it with load_checkpoint={run_dir}"
             )
+    if run_dir.parent != runs_dir and (run_dir.parent / "config.yaml").exists():
+        raise ConfigError(
+            f"run_name={config.run_name}: {run_dir.parent} is the folder of a run already; choose "
+            "another name"
+        )
     _create(run_dir)
     return run_dir, run_id
 

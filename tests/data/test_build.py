@@ -215,6 +215,16 @@ BAD = {
     "empty row": (grid([[]]), "a grid must be a list of rows"),
     "flat grid": (grid([1, 2, 3]), "a grid must be a list of rows"),
     "31 rows": (grid([[1]] * 31), "31×1 cells are more than 30×30"),
+    "a task twice": (
+        file("bad.json", '{"a": {"train": []}, "a": {"train": []}}', "arc test=bad.json"),
+        "'a' stands twice in one object",
+    ),
+    "a path for a name": (
+        file("bad.json", '{"../a": {"train": [], "test": []}}', "arc test=bad.json"),
+        "the name of a task is '../a'",
+    ),
+    "no name": (file("bad.json", '{"": {}}', "arc test=bad.json"), "the name of a task is ''"),
+    "nowhere to go": ("text files=[text.txt] out=", "out= names no folder"),
     "solution missing": (solutions({"task0000": [[[1]]]}), "lacks 1 tasks"),
     "solutions too many": (
         solutions({"task0000": [[[1]], [[2]]], "task0001": [[[1]]]}), "one solution for each",

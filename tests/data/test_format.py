@@ -85,7 +85,7 @@ def test_round_trip(tmp_path):
     single = PuzzleSet.of_single_examples(arrays.inputs, arrays.labels)
     for split in ("train", "test"):
         written = PuzzleDataset(
-            split, 9, 5, 5, 0, None, 0, "print", {"name": "sudoku", "box": [3, 3]},
+            split, 9, 5, 5, 0, None, 0, "print", {"name": "dihedral", "size": [1, 5]},
             {"all": arrays, "hard": single},
         )  # fmt: skip
         write_dataset(tmp_path, written, source="here")
@@ -167,6 +167,30 @@ BAD_FOLDERS = {
     "other length": (lambda p: edit_json(p, seq_len=7), "seq_len is 7"),
     "splits differ": (lambda p: edit_json(p, vocab_size=13), "vocab_size is 13"),
     "later format": (lambda p: edit_json(p, loopwright={"format": 2}), "format 2"),
+    "unknown augmentation": (
+        lambda p: edit_json(p, loopwright={"augmentation": {"name": "rotate"}}),
+        "augmentation.name is 'rotate', but this version knows arc, dihedral, sudoku",
+    ),
+    "augmentation of another size": (
+        lambda p: edit_json(p, loopwright={"augmentation": {"name": "dihedral", "size": [7, 7]}}),
+        "augmentation.size must be [rows, columns]",
+    ),
+    "augmentation without its seed": (
+        lambda p: edit_json(p, loopwright={"augmentation": {"name": "arc"}}),
+        "augmentation.seed must be a number",
+    ),
+    "task without its box": (
+        lambda p: edit_json(p, loopwright={"task": {"name": "sudoku"}}),
+        "task.box must be one of",
+    ),
+    "task of another size": (
+        lambda p: edit_json(p, loopwright={"task": {"name": "sudoku", "box": [3, 3]}}),
+        "task.box=[3, 3] is of 81 tokens",
+    ),
+    "votes without augmentations": (
+        lambda p: edit_json(p, loopwright={"task": {"name": "arc"}}),
+        "must be arc, too",
+    ),
     "odd augmentation": (lambda p: edit_json(p, loopwright={"augmentation": 3}), "augmentation"),
     "float inputs": (lambda p: edit_array(p, "inputs", lambda a: a / 2), "integers, not float64"),
     "flat inputs": (lambda p: edit_array(p, "inputs", np.ravel), "2 dimension"),

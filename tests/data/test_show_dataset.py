@@ -43,16 +43,16 @@ def test_a_sheet_of_every_kind(tmp_path, monkeypatch, capsys, show, kind):
     assert Path(f"{Path(folder).name}.png").exists()
 
 
-def test_refusals_are_one_sentence(tmp_path, show, sudoku4):
+def test_refusals_are_one_sentence(tmp_path, show, sudoku4, capsys):
     for arguments, expected in (
         ([str(tmp_path / "none")], "is not a folder"),
         ([str(sudoku4), "--set", "hard"], "has the sets all"),
-        ([str(sudoku4), "--count", "0"], "--count is 1 to 100"),
+        ([str(sudoku4), "--count", "0"], "--count: 0 should be a whole number, 1 to 100"),
         ([str(sudoku4), "--out", str(tmp_path / "a.txt")], "must end in .png"),
-        ([str(sudoku4), "--out", str(tmp_path / "no" / "a.png")], "No such file"),
+        ([str(sudoku4), "--out", str(tmp_path / "no" / "a.png")], "is not a folder that can be"),
     ):
         with pytest.raises(SystemExit) as ended:
             show(arguments)
-        message = str(ended.value.code)
-        assert message.startswith("show_dataset.py: error: ") and expected in message
-        assert "\n" not in message
+        message = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert ": error: " in message and expected in message and message.count("\n") == 1

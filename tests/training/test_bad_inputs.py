@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -140,6 +142,28 @@ PRETRAIN = (
     ("data=sudoku data.train_csv=ok.csv", r"data\.train_csv.* data\.test_csv"),
     ("data=sudoku data.train_csv=ok.csv data.test_csv=ok.csv data.num_train=3",
      r"data\.num_train is for generated"),
+    ("epochs=1 data.num_train=60 global_batch_size=512 max_steps=null",
+     r"epochs=1 of 60 puzzles are fewer rows than one step"),
+    ("arch=trm arch.hidden_size=65536 arch.num_heads=8 arch.expansion=64",
+     r"the weights alone would take .* GiB.* hidden_size \(65536\)"),
+    ("arch=trm arch.hidden_size=32768 arch.L_layers=1024", r"the weights alone would take"),
+    ("arch.fp8=true device=cpu", r"arch\.fp8=true needs a CUDA device"),
+    ("optim.fused=on device=cpu", r"optim\.fused=on needs a CUDA device"),
+    ("arch=trm arch.puzzle_emb_ndim=64 arch.puzzle_emb_len=5000", r"puzzle_emb_len must be 0 to"),
+    ("arch=trm arch.rope_theta=0", r"arch\.rope_theta=0"),
+    ("arch=trm arch.latents=4 arch.L_cycles=2", r"latents=4 is more than L_cycles=2"),
+    ("arch=trm arch.curriculum=[[0.5,1]]", r"arch\.curriculum"),
+    ("arch=hrm arch.mixer=mlp", r"no key arch\.mixer|arch preset has no such key"),
+    ("arch=urm arch.conv_kernel=65", r"arch\.conv_kernel=65"),
+    ("optim=muon optim.ns_steps=2.5", r"optim\.ns_steps=2\.5"),
+    ("optim=muon optim.momentum=1.5", r"optim\.momentum=1\.5"),
+    ("optim=adam_mini optim.state=fp16", r"optim\.state=.*fp16"),
+    ("data=maze data.size=[30]", r"data\.size"),
+    ("data=maze data.walls=[0.5,0.3]", r"data\.walls"),
+    ("data=mix data.parts=[]", r"data\.parts"),
+    ("data=mix data.parts=[{name:sudoku,box:[2,2]}] data.weights=[1,2]", r"data\.weights has 2"),
+    ("experiment=text data.files=[empty.csv]", r"data\.files: every file is empty"),
+    ("experiment=text data.files=[file] arch.causal=false", r"arch\.causal=false"),
     # syntax
     ("foo", r"'foo' is not of the form key=value"),
     ("=3", r"'=3'"),
@@ -179,7 +203,10 @@ PRETRAIN = (
     ("-m seed=range(0,500) lr=1e-3,1e-4,1e-5", r"more than 1000 jobs"),
     ("-m seed=0,1 grad_accum=5", r"grad_accum=5 does not divide"),
     ("-m seed=0,1 load_checkpoint=nope", r"no checkpoint at nope"),
+    ("-m hydra/launcher=joblib hydra.launcher.n_jobs=x seed=0,1", r"n_jobs=x: .* integer"),
+    ("-m hydra/launcher=submitit hydra.launcher.cluster=x seed=0,1", r"cluster=x: .*'slurm'"),
     # files and folders
+    ("run_name=good/inside runs_dir=.", r"run_name=good/inside: good is the folder of a run"),
     ("run_name=good runs_dir=.", r"run_name=good: good exists already"),
     ("run_name=file runs_dir=.", r"run_name=file: file exists already"),
     ("run_name=..", r'run_name="\.\."'),
@@ -217,6 +244,14 @@ PRETRAIN = (
     ("load_checkpoint=dir", r"dir is neither a run folder nor a checkpoint"),
     ("load_checkpoint=file", r"file is not a file of weights"),
     ("load_checkpoint=bytes.safetensors", r"bytes\.safetensors is not a whole"),
+    ("load_checkpoint=cut.safetensors", r"cut\.safetensors is not a whole"),
+    ("load_checkpoint=foreign.safetensors", r"foreign\.safetensors holds no model that is known"),
+    ("load_checkpoint=good/checkpoints/step_00000002/optimizer.safetensors", r"holds no model"),
+    ("load_checkpoint=list.pt", r"list\.pt holds no model"),
+    ("load_checkpoint=evil.pt", r"evil\.pt is refused: it holds .*foreign"),
+    ("load_checkpoint=evil_second.pt", r"evil_second\.pt is refused: it holds .*foreign"),
+    ("load_checkpoint=damagedrun", r"every checkpoint in damagedrun/checkpoints is damaged"),
+    ("load_checkpoint=hf:a/b/../c", r"should be hf:owner/name"),
     ("load_checkpoint=emptyrun", r"emptyrun holds no checkpoint yet"),
     ("load_checkpoint=step_00000007", r"step_00000007/index\.json cannot be read"),
     ("load_checkpoint=good seed=5", r"seed=5 cannot continue"),
@@ -243,6 +278,16 @@ EVALUATE = (
     ("checkpoint=good arch.hiden=64", r"no key arch\.hiden; did you mean arch\.hidden_size"),
     ("checkpoint=good arch.halt_max_steps=0", r"arch\.halt_max_steps=0 is not valid"),
     ("checkpoint=good experiment=smoke", r"no key experiment"),
+    ("checkpoint=nope arch=null data=null", r"no checkpoint at nope"),
+    ("checkpoint=good data=sudoku6", r"data=sudoku-6x6 does not fit .* 36 tokens"),
+    ("checkpoint=good arch.fp8=true device=cpu", r"arch\.fp8=true needs a CUDA device"),
+    ("checkpoint=good eval.add_votes=[file]", r"eval\.add_votes=file: only ARC has votes"),
+    ("checkpoint=good eval.select=best", r"eval\.select="),
+    ("checkpoint=good eval.depth=0", r"eval\.depth=0"),
+    ("checkpoint=good eval.breadth=2", r"breadth=2 trajectories would all be the same"),
+    ("checkpoint=good eval.breadth=2 eval.noise=-1", r"eval\.noise=-1"),
+    ("checkpoint=foreign.safetensors data=sudoku4", r"holds no model that is known"),
+    ("checkpoint=damagedrun", r"every checkpoint in damagedrun/checkpoints is damaged"),
     ("checkpoint=good device=cuda:99", r"device=cuda:99"),
     ("checkpoint=good eval.max_examples=0", r"eval\.max_examples=0"),
     ("checkpoint=good data=nope", r"data=nope does not exist"),
@@ -251,7 +296,7 @@ EVALUATE = (
     ("checkpoint=good data.num_test=0", r"data\.num_test=0"),
     ("checkpoint=good data=folder data.path=nope", r"data\.path=nope"),
     ("checkpoint=good data=sudoku data.test_csv=nope.csv", r"data\.test_csv=nope\.csv"),
-    ("checkpoint=good data=sudoku data.test_csv=wrong.csv", r"wrong\.csv"),
+    ("checkpoint=good data=sudoku data.test_csv=wrong.csv", r"sudoku-9x9 does not fit .* 81 tok"),
     ("checkpoint=good output_dir=file", r"output_dir=file: file is a file"),
     ("checkpoint=good output_dir=/dev/null/x", r"output_dir=/dev/null/x"),
     ("-m checkpoint=good seed=0,1", r"-m is for pretrain\.py"),
@@ -278,10 +323,32 @@ def prepared(tmp_path_factory, datasets_dir) -> Path:
     (place / "set" / "train" / "dataset.json").write_text("{}")
     (place / "emptyrun" / "checkpoints").mkdir(parents=True)
     (place / "step_00000007").mkdir()
+    (place / "foreign.safetensors").write_bytes(safetensors({"a": 2}))
+    (place / "cut.safetensors").write_bytes(safetensors({"lm_head.weight": 9})[:-4])
+    (place / "list.pt").write_bytes(pickle.dumps([1, 2]))
+    (place / "evil.pt").write_bytes(pickle.dumps(os.system, 2))
+    (place / "evil_second.pt").write_bytes(pickle.dumps(1, 2) + pickle.dumps(os.system, 2))
     with pytest.MonkeyPatch.context() as patch:
         train(patch, *TINY, "max_steps=2", f"datasets_dir={datasets_dir}", f"runs_dir={place}",
               "run_name=good")  # fmt: skip
+    shutil.copytree(place / "good", place / "damagedrun")
+    for index in place.glob("damagedrun/checkpoints/*/index.json"):
+        values = json.loads(index.read_text())
+        index.write_text(json.dumps({**values, "files": []}))
     return place
+
+
+def safetensors(sizes: dict[str, int]) -> bytes:
+    """A file of float32 vectors of zeros."""
+    header, end = {}, 0
+    for name, size in sizes.items():
+        header[name] = {
+            "dtype": "F32",
+            "shape": [size],
+            "data_offsets": [end, end := end + 4 * size],
+        }
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(end)
 
 
 @pytest.fixture

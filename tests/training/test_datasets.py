@@ -210,8 +210,13 @@ def test_votes_are_looked_at_before_anything_is_done(run, arc, tmp_path, monkeyp
         resolved(*run(*arc, "eval.add_votes=[a.npz]"))
     run_dir = train(monkeypatch, *run(*arc, "run_name=arc"))
     monkeypatch.setattr("training.evaluation.think", None)
-    with pytest.raises(DataError, match=r"none\.npz is not a file of votes"):
-        run_evaluation(resolved_evaluation(f"checkpoint={run_dir}", "eval.add_votes=[none.npz]"))
+    with pytest.raises(ConfigError, match=r"none\.npz does not exist"):
+        resolved_evaluation(f"checkpoint={run_dir}", "eval.add_votes=[none.npz]")
+    (tmp_path / "odd.npz").write_text("no votes")
+    with pytest.raises(DataError, match=r"odd\.npz is not a file of votes"):
+        run_evaluation(
+            resolved_evaluation(f"checkpoint={run_dir}", f"eval.add_votes=[{tmp_path}/odd.npz]")
+        )
 
 
 def test_the_identifiers_of_arc_fill_the_table(arc, tmp_path):

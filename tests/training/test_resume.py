@@ -215,7 +215,7 @@ def test_a_damaged_newest_is_reported_and_the_one_before_used(
     break_checkpoint(run_dir / "checkpoints" / "step_00000010", damage)
     run = resolved(f"load_checkpoint={run_dir}")
     assert run.resume.path.name == "step_00000006"
-    assert "step_00000010" in caplog.text and "trying the checkpoint before" in caplog.text
+    assert "step_00000010" in caplog.text and "taking the checkpoint before" in caplog.text
     Trainer(run).fit()
     assert tensors(newest(whole)) == tensors(newest(run_dir))
 
