@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models import chains
 from models.kernels import usable
 from models.reasoning import ReasoningModel, State
 
@@ -44,6 +45,8 @@ class ACTOutput:
     q_halt: Tensor  # (B,)
     q_continue: Tensor  # (B,)
     target_q_continue: Tensor | None = None  # (B,) in [0, 1]; only where q_continue is learned
+    winner: Tensor | None = None  # (B,) bool, rows that learn; only in training with chains …
+    chains: int = 1  # … of which that many share a puzzle
 
 
 def _rows(mask_B: Tensor, like: Tensor) -> Tensor:
@@ -66,6 +69,11 @@ class ACT(nn.Module):
         super().__init__()
         self.model = model
 
+    @property
+    def chains(self) -> int:
+        """Rows of a puzzle: several in training only."""
+        return self.model.config.chains if self.training else 1
+
     def initial_carry(self, batch: Batch) -> Carry:
         """A carry in which every row has halted, so that the first step takes `batch` whole."""
         rows, device = batch["inputs"].shape[0], batch["inputs"].device
@@ -81,6 +89,8 @@ class ACT(nn.Module):
         """Halted rows start anew on their row of `batch`; the others keep theirs."""
         halted = carry.halted
         fresh = self.model.init_state(halted.shape[0])
+        if self.chains > 1:
+            batch = {k: chains.grouped(v, self.chains) for k, v in batch.items()}
         return Carry(
             state={k: choose(halted, fresh[k], v) for k, v in carry.state.items()},
             steps=torch.where(halted, 0, carry.steps),
@@ -101,18 +111,35 @@ class ACT(nn.Module):
         batch = carry.batch if puzzle_rows is None else {**carry.batch, "puzzle_rows": puzzle_rows}
         state, logits, q_logits = self.model(carry.state, batch)
         output = ACTOutput(logits, q_logits[:, 0], q_logits[:, 1])
+        q_halt = output.q_halt
         with torch.no_grad():
+            if self.chains > 1:
+                state, output.winner, q_halt = self._race(state, output, carry.batch["labels"])
+                output.chains = self.chains
+                draws = None if draws is None else chains.grouped(draws.t(), self.chains).t()
             steps = carry.steps + 1
             last = steps >= config.halt_max_steps
             halted = last
             if self.training and config.halt_max_steps > 1:
                 threshold = 0 if config.no_act_continue else output.q_continue
-                halted = last | (output.q_halt > threshold)
+                halted = last | (q_halt > threshold)
                 if draws is not None:
                     halted = halted & (steps >= self._minimum_steps(draws))
                 if not config.no_act_continue and config.loss.continue_weight:
                     output.target_q_continue = self._bootstrap(state, batch, last)
         return Carry(state, steps, halted, carry.batch), output
+
+    def _race(
+        self, state: State, output: ACTOutput, labels: Tensor
+    ) -> tuple[State, Tensor, Tensor]:
+        """States with the winner's answer, which rows won (B,), the winner's halting logit (B,)."""
+        from models.loss import token_loss
+
+        kind = self.model.config.loss.kind
+        of_row = chains.winners(token_loss(output.logits, labels, kind).sum(-1), self.chains)
+        answer = self.model.config.states[0]
+        won = of_row == torch.arange(len(of_row), device=of_row.device)
+        return {**state, answer: state[answer][of_row]}, won, output.q_halt[of_row]
 
     def _minimum_steps(self, draws: Tensor) -> Tensor:
         """With the exploration probability a minimum from U{2..max}, else none: (B,) int32."""

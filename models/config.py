@@ -97,6 +97,9 @@ class ReasoningConfig(BaseModel):
     puzzle_emb_len: int | Literal["auto"] = Field(
         16, description="prefix tokens they fill; 0: none; auto: just enough"
     )
+    chains: int = Field(
+        1, ge=1, le=64, description="trajectories of a puzzle in training; the best one learns"
+    )
     halt_max_steps: int = Field(16, ge=1, le=4096, description="ACT steps at most")
     halt_exploration_prob: float = Field(
         0.1, ge=0, le=1, description="chance of a drawn minimum of ACT steps"
@@ -125,6 +128,14 @@ class ReasoningConfig(BaseModel):
                     f"puzzle_emb_len × hidden_size = {self.puzzle_emb_len * self.hidden_size} "
                     "numbers; use puzzle_emb_len=auto"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_chains(self) -> ReasoningConfig:
+        if self.chains > 1 and not self.no_act_continue:
+            raise ValueError(f"chains={self.chains} needs no_act_continue=true")
+        if self.chains > 1 and len(self.states) < 2:
+            raise ValueError(f"chains={self.chains} needs latent states beside the answer's")
         return self
 
     @property

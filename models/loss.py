@@ -57,6 +57,8 @@ def act_loss(
         correct = (valid & (output.logits.argmax(-1) == labels)).sum(-1)
         exact = correct == tokens
         counted = carry.halted & (tokens > 0)
+        if output.winner is not None:
+            counted = counted & output.winner
         metrics = {
             "count": counted.sum(),
             "accuracy": torch.where(counted, correct.float() / divisor, 0).sum(),
@@ -65,13 +67,19 @@ def act_loss(
             "steps": torch.where(counted, carry.steps, 0).sum(),
         }
 
+    def total(loss: Tensor) -> Tensor:
+        """Over rows; of those of one puzzle the winner's stands for all."""
+        if output.winner is None:
+            return loss.sum()
+        return torch.where(output.winner, loss, 0).sum() * output.chains
+
     def halting_loss(logit: Tensor, target: Tensor) -> Tensor:
         loss = F.binary_cross_entropy_with_logits(logit, target.to(logit.dtype), reduction="none")
         loss = loss if present is None else torch.where(present, loss, 0)
-        return loss.sum(dtype=norm_dtype(output.logits.dtype))  # halting logits are float32
+        return total(loss.to(norm_dtype(output.logits.dtype)))  # halting logits are float32
 
     per_token = token_loss(output.logits, labels, config.kind, config.label_smoothing)
-    lm_loss = (per_token / divisor.unsqueeze(-1)).sum()
+    lm_loss = total((per_token / divisor.unsqueeze(-1)).sum(-1))
     q_halt_loss = halting_loss(output.q_halt, exact)
     loss = config.token_weight * lm_loss + config.halt_weight * q_halt_loss
     metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models import chains
 from models.casting import cast_once
 from models.config import ModelDims, ReasoningConfig
 from models.embedding import InputEmbedding
@@ -46,6 +47,10 @@ class ReasoningModel(nn.Module):
         for name in config.states:  # buffers: neither trained nor averaged
             init = truncated_normal((config.hidden_size,), 1.0, generator)
             self.register_buffer(f"{name}_init", init.to(dtype))
+        if config.chains > 1:
+            for name in config.states[1:]:
+                further = truncated_normal((config.chains - 1, config.hidden_size), 1.0, generator)
+                self.register_buffer(f"{name}_further_init", further.to(dtype))
         self.lm_head = Linear(config.hidden_size, dims.vocab_size, generator=generator)
         self.q_head = Linear(config.hidden_size, 2, bias=True, generator=generator)
         with torch.no_grad():  # halting starts improbable and independent of the state
@@ -53,12 +58,19 @@ class ReasoningModel(nn.Module):
             self.q_head.bias.fill_(-5.0)
 
     def init_state(self, batch_size: int) -> State:
-        """The latent states before the first ACT step, each (B, prefix + L, D), as views."""
+        """The latent states before the first ACT step, each (B, prefix + L, D), as views.
+
+        In training with several chains, those of row i are of chain i modulo their number.
+        """
         length = self.config.prefix_len + self.dims.seq_len
-        return {
+        states = {
             name: getattr(self, f"{name}_init").expand(batch_size, length, -1)
             for name in self.config.states
         }
+        if self.config.chains == 1 or not self.training:
+            return states
+        further = {k: getattr(self, f"{k}_further_init") for k in self.config.states[1:]}
+        return chains.initial(states, further, self.config.chains)
 
     def set_progress(self, progress: float) -> None:
         """Train by the schedule for this fraction of the steps; evaluation is by the full one."""

@@ -118,7 +118,8 @@ def main(argv: list[str]) -> None:
     from models.cost import cost
 
     loaded = load(jobs[0])
-    step = cost(jobs[0].trained.arch, jobs[0].dims, 1, loaded.how["device"])
+    arch = jobs[0].trained.arch.model_copy(update={"chains": 1})  # those are of training
+    step = cost(arch, jobs[0].dims, 1, loaded.how["device"])
     rows = []
     for job in jobs:
         new = points(loaded, job.config.eval, options, step.forward_flops / 1e12)

@@ -115,6 +115,11 @@ def check(config: RunConfig, world: World) -> None:
             f"grad_accum={config.grad_accum} does not divide the {rows // world.size} rows "
             "per rank of global_batch_size"
         )
+    if rows // world.size // config.grad_accum % config.arch.chains:
+        raise ConfigError(
+            f"arch.chains={config.arch.chains} does not divide the "
+            f"{rows // world.size // config.grad_accum} rows of a micro-batch, of global_batch_size"
+        )
     eval_rows = config.eval.batch_size or rows
     if eval_rows % world.size:
         raise ConfigError(f"eval.batch_size={eval_rows} is not divisible by the {world.size} ranks")
