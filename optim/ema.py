@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,7 @@ class EMA:
 
     Raises:
         ValueError: for a rate outside [0, 1], a name given twice or an integer parameter.
+        TypeError: for what is not a tensor.
 
     `shadow` maps names to tensors that keep their addresses outside `applied()`, so a CUDA graph
     may be captured over them.
@@ -43,8 +45,8 @@ class EMA:
     def __init__(
         self, params: Parameters, rate: float = 0.999, *, dtype: torch.dtype | None = None
     ) -> None:
-        if not 0.0 <= rate <= 1.0:
-            raise ValueError(f"EMA rate must be in [0, 1], got {rate}")
+        if not isinstance(rate, Real) or not 0.0 <= rate <= 1.0:
+            raise ValueError(f"EMA rate must be in [0, 1], got {rate!r}")
         self.rate = rate
         self.params: dict[str, Tensor] = {}
         self.shadow: dict[str, Tensor] = {}
@@ -52,6 +54,8 @@ class EMA:
         self._moved: set[str] = set()  # by a fused optimizer step since the last update
         for i, item in enumerate(params):
             name, param = item if isinstance(item, tuple) else (str(i), item)
+            if not isinstance(param, Tensor):
+                raise TypeError(f"EMA takes tensors, got {type(param).__name__}")
             if name in self.params:
                 raise ValueError(f"EMA got two parameters named {name!r}")
             if not param.is_floating_point():
@@ -66,8 +70,14 @@ class EMA:
         The average then costs no pass of its own: a step of a Triton kernel moves the shadows with
         the parameters, and the `update` after it leaves those out. Where a step is not fused,
         `update` does everything, so call it after every step either way.
+
+        Raises:
+            TypeError: for an optimizer that is none of this package.
         """
         for optimizer in optimizers:
+            if not hasattr(optimizer, "ema"):
+                name = type(optimizer).__name__
+                raise TypeError(f"EMA.attach takes optimizers of this package, got {name}")
             optimizer.ema = self
         return self
 

@@ -72,12 +72,15 @@ def newton_schulz(
         The shape of `matrix`, in the dtype of the products. Zero gives zero.
 
     Raises:
-        ValueError: for fewer than two dimensions or no steps.
+        TypeError: for what is not a tensor.
+        ValueError: for fewer than two dimensions, numbers that are not real floating-point ones,
+            no steps, and choices that there are not.
     """
-    if matrix.ndim < 2 or steps < 1:
-        raise ValueError(f"need a matrix and steps >= 1, got shape {tuple(matrix.shape)}, {steps}")
+    _check(matrix, steps, coefficients, dtype, fused)
     rows, safety = iterations(coefficients, steps)
     dtype = dtype or work_dtype(matrix)
+    if matrix.numel() == 0:
+        return matrix.to(dtype, copy=True)
     if _fusable(matrix, dtype, fused):
         from optim.kernels.ns_batch import orthogonalize
 
@@ -96,6 +99,26 @@ def newton_schulz(
         x = torch.baddbmm(x, poly, x, beta=a)
     x = x.reshape(shape)
     return x if wide else x.mT
+
+
+def _check(
+    matrix: Tensor, steps: int, coefficients: str, dtype: torch.dtype | None, fused: str
+) -> None:
+    """Raise for arguments of `newton_schulz` that it cannot mean."""
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"newton_schulz takes a tensor, got {type(matrix).__name__}")
+    if matrix.ndim < 2:
+        raise ValueError(f"a matrix has at least 2 dimensions, got shape {tuple(matrix.shape)}")
+    for what, kind in (("the matrix", matrix.dtype), ("dtype", dtype or matrix.dtype)):
+        if not kind.is_floating_point:
+            raise ValueError(f"{what} must be of real floating-point numbers, got {kind}")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+    if coefficients not in COEFFICIENTS:
+        names = tuple(COEFFICIENTS)
+        raise ValueError(f"coefficients must be one of {names}, got {coefficients!r}")
+    if fused not in ("off", "auto", "on"):
+        raise ValueError(f"fused must be 'off', 'auto' or 'on', got {fused!r}")
 
 
 def _fusable(matrix: Tensor, dtype: torch.dtype, fused: str) -> bool:

@@ -155,10 +155,15 @@ def partition_parameters(
             and keys that cannot be cut into heads; such a parameter is one block.
 
     Raises:
-        ValueError: if a parameter comes twice.
+        ValueError: if a parameter comes twice, or a rule has not the form of `RULES`.
+        TypeError: for a name that is not a string.
     """
+    for rule in rules:
+        _check_rule(rule)
     parts, unknown, headless = Partition(), [], []
     for name, p in named_parameters:
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a parameter must be a string, got {name!r}")
         role = role_of(name, p, (*rules, *RULES))
         segments = segments_of(role, p.shape, num_heads, num_kv_heads)
         if segments is None:
@@ -182,6 +187,22 @@ def partition_parameters(
             f"{_few(headless)} cannot be cut into heads, since {heads}: each is one block"
         )
     return parts
+
+
+def _check_rule(rule: Rule) -> None:
+    """Raise ValueError unless `rule` is a role, a regular expression and a truth value."""
+    if not isinstance(rule, (tuple, list)) or len(rule) != 3:
+        raise ValueError(f"a rule must be (role, pattern, anywhere), got {rule!r}")
+    role, pattern, _ = rule
+    roles = {role for role, *_ in RULES} | {"vector", "other"}
+    if role not in roles:
+        raise ValueError(f"a rule's role must be one of {', '.join(sorted(roles))}, got {role!r}")
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"a rule's pattern {pattern!r} is no regular expression: {error}"
+        ) from None
 
 
 def _few(names: Sequence[str]) -> str:

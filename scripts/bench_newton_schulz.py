@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few repeats, small shapes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--largest-error", type=int, default=4096, help="no float64 beyond this many rows"
+        "--largest-error", type=int, default=8192, help="no float64 beyond this many rows"
     )
     args = parser.parse_args()
     small = ["128x128", "128x320", "4x96x96"]
