@@ -273,7 +273,7 @@ class _TokenMixer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate_up, down, gate_up_half, down_half, down_t, eps, hopper, normed):
         out, inv = _mix(x, gate_up_half, down_half, eps, True, hopper, normed)
-        ctx.save_for_backward(x, out, inv, gate_up_half, down_t)
+        ctx.save_for_backward(x, out, inv, gate_up_half, down_half if down_t is None else down_t)
         ctx.kinds = gate_up.dtype, down.dtype
         ctx.hopper = hopper
         return out
@@ -311,5 +311,6 @@ def token_mixer(
     x, hopper = x.contiguous(), on_hopper_kernel(x, down.shape[1])
     halves = halves or cast_weights(x, gate_up, down)
     if torch.is_grad_enabled():
-        return _TokenMixer.apply(x, gate_up, down, *halves, eps, hopper, normed)
+        turned = halves[2] if hopper else None  # the compiler takes no tensor twice
+        return _TokenMixer.apply(x, gate_up, down, *halves[:2], turned, eps, hopper, normed)
     return _mix(x, *halves[:2], eps, False, hopper, normed)[0]

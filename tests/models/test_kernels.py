@@ -258,6 +258,30 @@ def test_linear_beside_a_residual():
 
 
 @in_kernel
+@pytest.mark.parametrize("name", ["short_attention", "token_mixer"])
+def test_the_compiler_sees_one_operation(name):
+    """No graph break, and what the function gives without the compiler."""
+    from models.kernels.attention import short_attention
+    from models.kernels.mixer import token_mixer
+
+    torch.manual_seed(0)
+    kind = DTYPES[-1]
+    x = draw(2, 20, 192, dtype=kind)
+    if name == "short_attention":
+        tensors, function = (x,), lambda x: 2 * short_attention(2 * x, 4, None, None, False)
+    else:
+        weights = draw(128, 20, dtype=kind, scale=0.2), draw(20, 64, dtype=kind, scale=0.1)
+        tensors, function = (x, *weights), lambda x, *w: 2 * token_mixer(2 * x, *w, 1e-5)
+    results = []
+    for f in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = f(*leaves)
+        out.float().square().sum().backward()
+        results.append([out, *(t.grad for t in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@in_kernel
 @pytest.mark.parametrize("shape", [(5, 3, 7), (1, 1, 1), (3, 97, 128), (0, 4, 8), (4, 0, 8)])
 @pytest.mark.parametrize("kind", ["rows", "vector", "yes", "no"])
 def test_select_rows(shape, kind):
