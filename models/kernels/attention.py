@@ -232,7 +232,7 @@ def short_attention(
     """
     rope = cos is not None
     if not rope:
-        cos = sin = torch.empty(1, dtype=torch.float32, device=qkv.device)
+        cos, sin = torch.empty(2, 1, dtype=torch.float32, device=qkv.device)
     if torch.is_grad_enabled():
         return _ShortAttention.apply(qkv, cos, sin, heads, rope, causal)
     return _attend(qkv.contiguous(), cos, sin, heads, rope, causal, False)[0]

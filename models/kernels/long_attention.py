@@ -116,7 +116,7 @@ def long_attention(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | No
     """
     rope = cos is not None
     if not rope:
-        cos = sin = torch.empty(1, dtype=torch.float32, device=qkv.device)
+        cos, sin = torch.empty(2, 1, dtype=torch.float32, device=qkv.device)
     qkv = qkv.contiguous()
     if torch.is_grad_enabled():
         return _LongAttention.apply(qkv, cos, sin, heads, rope)
