@@ -118,9 +118,10 @@ class ACT(nn.Module):
                 output.chains = self.chains
                 draws = None if draws is None else chains.grouped(draws.t(), self.chains).t()
             steps = carry.steps + 1
-            last = steps >= config.halt_max_steps
+            most = self.model.act_steps if self.training else config.halt_max_steps
+            last = steps >= most
             halted = last
-            if self.training and config.halt_max_steps > 1:
+            if self.training and most > 1:
                 threshold = 0 if config.no_act_continue else output.q_continue
                 halted = last | (q_halt > threshold)
                 if draws is not None:
@@ -144,7 +145,7 @@ class ACT(nn.Module):
     def _minimum_steps(self, draws: Tensor) -> Tensor:
         """With the exploration probability a minimum from U{2..max}, else none: (B,) int32."""
         config = self.model.config
-        span = config.halt_max_steps - 1
+        span = self.model.act_steps - 1
         minimum = 2 + (draws[1] * span).to(torch.int32).clamp(max=span - 1)
         return torch.where(draws[0] < config.halt_exploration_prob, minimum, 0)
 

@@ -78,6 +78,9 @@ def act_loss(
         loss = loss if present is None else torch.where(present, loss, 0)
         return total(loss.to(norm_dtype(output.logits.dtype)))  # halting logits are float32
 
+    if config.blanks_only:
+        labels = torch.where(carry.batch["inputs"] == labels, IGNORE_LABEL, labels)
+        divisor = (labels != IGNORE_LABEL).sum(-1).clamp(min=1)
     per_token = token_loss(output.logits, labels, config.kind, config.label_smoothing)
     lm_loss = total((per_token / divisor.unsqueeze(-1)).sum(-1))
     q_halt_loss = halting_loss(output.q_halt, exact)

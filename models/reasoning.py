@@ -42,6 +42,7 @@ class ReasoningModel(nn.Module):
         super().__init__()
         self.config, self.dims = config, dims
         self.schedule = self.full_schedule = config.schedule()
+        self.act_steps = config.halt_max_steps  # at most, at this stage of training
         self.embedding = InputEmbedding(config, dims, dtype, generator)
         self.levels = nn.ModuleDict(levels)
         for name in config.states:  # buffers: neither trained nor averaged
@@ -74,6 +75,7 @@ class ReasoningModel(nn.Module):
 
     def set_progress(self, progress: float) -> None:
         """Train by the schedule for this fraction of the steps; evaluation is by the full one."""
+        self.act_steps = self.config.act_steps(progress)
         self.schedule = self.config.schedule(progress)
 
     def compile_levels(self, rows: int | None = None) -> bool:
