@@ -47,6 +47,7 @@ class ACTOutput:
     target_q_continue: Tensor | None = None  # (B,) in [0, 1]; only where q_continue is learned
     winner: Tensor | None = None  # (B,) bool, rows that learn; only in training with chains …
     chains: int = 1  # … of which that many share a puzzle
+    earlier: tuple[Tensor, ...] = ()  # (B, L, vocab) after earlier cycles, with cycle_weight
 
 
 def _rows(mask_B: Tensor, like: Tensor) -> Tensor:
@@ -109,8 +110,8 @@ class ACT(nn.Module):
         """
         config = self.model.config
         batch = carry.batch if puzzle_rows is None else {**carry.batch, "puzzle_rows": puzzle_rows}
-        state, logits, q_logits = self.model(carry.state, batch)
-        output = ACTOutput(logits, q_logits[:, 0], q_logits[:, 1])
+        state, logits, q_logits, earlier = self.model(carry.state, batch)
+        output = ACTOutput(logits, q_logits[:, 0], q_logits[:, 1], earlier=earlier)
         q_halt = output.q_halt
         with torch.no_grad():
             if self.chains > 1:

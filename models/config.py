@@ -53,6 +53,9 @@ class LossConfig(BaseModel):
         False, description="token loss where the label is not the input's token already"
     )
     token_weight: float = Field(1.0, ge=0, description="weight of the token loss")
+    cycle_weight: float = Field(
+        0.0, ge=0, description="weight of the token loss after earlier H cycles with gradient"
+    )
     halt_weight: float = Field(0.5, ge=0, description="weight of the halting loss")
     continue_weight: float = Field(0.5, ge=0, description="weight of the q_continue loss")
 
@@ -184,6 +187,15 @@ class ReasoningConfig(BaseModel):
             if not 1 <= steps <= 4096:
                 raise ValueError("halt_curriculum: ACT steps should be 1 to 4096")
             before = until
+        return self
+
+    @model_validator(mode="after")
+    def _check_cycle_weight(self) -> ReasoningConfig:
+        if self.loss.cycle_weight and getattr(self, "H_grad_cycles", 1) < 2:
+            raise ValueError(
+                f"loss.cycle_weight={self.loss.cycle_weight:g} trains the answers of earlier H "
+                "cycles with gradient, of which there are none; set H_grad_cycles to 2 or more"
+            )
         return self
 
     def act_steps(self, progress: float = 1.0) -> int:

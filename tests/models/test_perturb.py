@@ -120,3 +120,48 @@ def test_a_puzzle_without_blanks_has_no_token_loss():
     loss, _ = act_loss(carry, ACTOutput(torch.randn(1, 2, 6), q, q),
                        LossConfig(halt_weight=0, blanks_only=True))  # fmt: skip
     assert loss == 0
+
+
+def test_answers_of_earlier_cycles_are_trained():
+    """Beside the same recursion cut after each cycle, read out by hand."""
+    made = TRMConfig(hidden_size=32, num_heads=2, expansion=1.0, puzzle_emb_ndim=0, H_cycles=4,
+                     L_cycles=1, H_grad_cycles=3, forward_dtype="float64",
+                     loss=LossConfig(cycle_weight=0.5, halt_weight=0))  # fmt: skip
+    model = build_model(made, DIMS, seed=0, device=torch.device("cpu"))
+    act = ACT(model).train()
+    carry = act.refill(carry_of(model), carry_of(model).batch)
+    _, output = act(carry)
+    assert len(output.earlier) == 2
+    cut = []
+    for cycles in (2, 3, 4):
+        shorter = made.model_copy(update={"H_cycles": cycles, "H_grad_cycles": 1})
+        model.schedule = shorter.schedule()
+        cut.append(act(carry)[1].logits)
+    for ours, theirs in zip((*output.earlier, output.logits), cut, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    loss, metrics = act_loss(carry, output, made.loss)
+    apart = [
+        act_loss(carry, ACTOutput(x, output.q_halt, output.q_continue), LossConfig(halt_weight=0))
+        for x in (*output.earlier, output.logits)
+    ]
+    expected = apart[2][0] + 0.5 * (apart[0][0] + apart[1][0]) / 2
+    torch.testing.assert_close(loss, expected)
+    assert metrics["lm_loss"] == apart[2][1]["lm_loss"]
+    model.schedule = made.schedule()
+    grads = {}
+    for mode in ("none", "block", "cycle", "all"):
+        model.config = made.model_copy(update={"grad_checkpoint": mode})
+        model.zero_grad()
+        act_loss(carry, act(carry)[1], made.loss)[0].backward()
+        grads[mode] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    for mode, some in grads.items():
+        for ours, theirs in zip(some, grads["none"], strict=True):
+            torch.testing.assert_close(ours, theirs, msg=mode)
+    act.eval()
+    with torch.no_grad():
+        assert act(carry)[1].earlier == ()
+
+
+def test_without_earlier_cycles_there_is_nothing_to_weigh():
+    with pytest.raises(ValidationError, match="H_grad_cycles"):
+        config(loss=LossConfig(cycle_weight=0.5))
