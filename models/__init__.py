@@ -35,6 +35,7 @@ _LAZY = {
     "choose": "models.act",
     "counter_uniform": "models.random",
     "load_pretrained": "models.pretrained",
+    "perturbed": "models.perturb",
 }
 
 __all__ = ["ARCHITECTURES", "LossConfig", "ModelDims", "ModelError", "ReasoningConfig", *_LAZY]

@@ -47,6 +47,7 @@ class ACTOutput:
     target_q_continue: Tensor | None = None  # (B,) in [0, 1]; only where q_continue is learned
     winner: Tensor | None = None  # (B,) bool, rows that learn; only in training with chains …
     chains: int = 1  # … of which that many share a puzzle
+    earlier: tuple[Tensor, ...] = ()  # (B, L, vocab) after earlier cycles, with cycle_weight
 
 
 def _rows(mask_B: Tensor, like: Tensor) -> Tensor:
@@ -109,8 +110,8 @@ class ACT(nn.Module):
         """
         config = self.model.config
         batch = carry.batch if puzzle_rows is None else {**carry.batch, "puzzle_rows": puzzle_rows}
-        state, logits, q_logits = self.model(carry.state, batch)
-        output = ACTOutput(logits, q_logits[:, 0], q_logits[:, 1])
+        state, logits, q_logits, earlier = self.model(carry.state, batch)
+        output = ACTOutput(logits, q_logits[:, 0], q_logits[:, 1], earlier=earlier)
         q_halt = output.q_halt
         with torch.no_grad():
             if self.chains > 1:
@@ -118,9 +119,10 @@ class ACT(nn.Module):
                 output.chains = self.chains
                 draws = None if draws is None else chains.grouped(draws.t(), self.chains).t()
             steps = carry.steps + 1
-            last = steps >= config.halt_max_steps
+            most = self.model.act_steps if self.training else config.halt_max_steps
+            last = steps >= most
             halted = last
-            if self.training and config.halt_max_steps > 1:
+            if self.training and most > 1:
                 threshold = 0 if config.no_act_continue else output.q_continue
                 halted = last | (q_halt > threshold)
                 if draws is not None:
@@ -144,7 +146,7 @@ class ACT(nn.Module):
     def _minimum_steps(self, draws: Tensor) -> Tensor:
         """With the exploration probability a minimum from U{2..max}, else none: (B,) int32."""
         config = self.model.config
-        span = config.halt_max_steps - 1
+        span = self.model.act_steps - 1
         minimum = 2 + (draws[1] * span).to(torch.int32).clamp(max=span - 1)
         return torch.where(draws[0] < config.halt_exploration_prob, minimum, 0)
 

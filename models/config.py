@@ -49,7 +49,13 @@ class LossConfig(BaseModel):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of the target that is spread over the whole vocabulary"
     )
+    blanks_only: bool = Field(
+        False, description="token loss where the label is not the input's token already"
+    )
     token_weight: float = Field(1.0, ge=0, description="weight of the token loss")
+    cycle_weight: float = Field(
+        0.0, ge=0, description="weight of the token loss after earlier H cycles with gradient"
+    )
     halt_weight: float = Field(0.5, ge=0, description="weight of the halting loss")
     continue_weight: float = Field(0.5, ge=0, description="weight of the q_continue loss")
 
@@ -67,6 +73,9 @@ class ReasoningConfig(BaseModel):
         {
             "halt_max_steps",
             "halt_exploration_prob",
+            "halt_curriculum",
+            "random_init",
+            "state_noise",
             "rms_norm_eps",
             "rope_theta",
             "loss",
@@ -103,6 +112,15 @@ class ReasoningConfig(BaseModel):
     halt_max_steps: int = Field(16, ge=1, le=4096, description="ACT steps at most")
     halt_exploration_prob: float = Field(
         0.1, ge=0, le=1, description="chance of a drawn minimum of ACT steps"
+    )
+    halt_curriculum: tuple[tuple[float, int], ...] = Field(
+        (), description="[[until, steps], …]: ACT steps at most up to that fraction of training"
+    )
+    random_init: bool = Field(
+        False, description="puzzles begin with normal random states in training"
+    )
+    state_noise: float = Field(
+        0.0, ge=0, le=100, description="normal noise on the states before a training ACT step"
     )
     no_act_continue: bool = Field(True, description="halt by q_halt alone, without q_continue")
     attention_backend: Literal["auto", "fa3", "fa2", "sdpa", "math"] = Field(
@@ -157,6 +175,35 @@ class ReasoningConfig(BaseModel):
                 f"{self.hidden_size // self.num_heads}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_halt_curriculum(self) -> ReasoningConfig:
+        before = 0.0
+        for until, steps in self.halt_curriculum:
+            if not before < until <= 1:
+                raise ValueError(
+                    "halt_curriculum: the fractions should rise from above 0 to at most 1"
+                )
+            if not 1 <= steps <= 4096:
+                raise ValueError("halt_curriculum: ACT steps should be 1 to 4096")
+            before = until
+        return self
+
+    @model_validator(mode="after")
+    def _check_cycle_weight(self) -> ReasoningConfig:
+        if self.loss.cycle_weight and getattr(self, "H_grad_cycles", 1) < 2:
+            raise ValueError(
+                f"loss.cycle_weight={self.loss.cycle_weight:g} trains the answers of earlier H "
+                "cycles with gradient, of which there are none; set H_grad_cycles to 2 or more"
+            )
+        return self
+
+    def act_steps(self, progress: float = 1.0) -> int:
+        """ACT steps at most at this fraction of the training steps; 1: as trained."""
+        for until, steps in self.halt_curriculum:
+            if progress < until:
+                return steps
+        return self.halt_max_steps
 
     @property
     def prefix_len(self) -> int:

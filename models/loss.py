@@ -43,7 +43,8 @@ def act_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss summed over rows, and metric sums over the rows that halted.
 
-    Loss of a row: token loss averaged over its labelled tokens + weighted halting losses. A row
+    Loss of a row: token loss averaged over its labelled tokens + weighted halting losses, and with
+    `cycle_weight` the mean token loss of the answers after earlier cycles. A row
     without labels has nothing to get wrong: its halting target is 1, as in the reference, but it
     counts in no metric. `present` (B,) bool leaves other rows (padding) out altogether. All values
     stay on the device. Keys: count, accuracy, exact_accuracy, q_halt_accuracy, steps (sums over
@@ -78,10 +79,19 @@ def act_loss(
         loss = loss if present is None else torch.where(present, loss, 0)
         return total(loss.to(norm_dtype(output.logits.dtype)))  # halting logits are float32
 
-    per_token = token_loss(output.logits, labels, config.kind, config.label_smoothing)
-    lm_loss = total((per_token / divisor.unsqueeze(-1)).sum(-1))
+    if config.blanks_only:
+        labels = torch.where(carry.batch["inputs"] == labels, IGNORE_LABEL, labels)
+        divisor = (labels != IGNORE_LABEL).sum(-1).clamp(min=1)
+
+    def lm_loss_of(logits: Tensor) -> Tensor:
+        per_token = token_loss(logits, labels, config.kind, config.label_smoothing)
+        return total((per_token / divisor.unsqueeze(-1)).sum(-1))
+
+    lm_loss = lm_loss_of(output.logits)
     q_halt_loss = halting_loss(output.q_halt, exact)
     loss = config.token_weight * lm_loss + config.halt_weight * q_halt_loss
+    for logits in output.earlier:
+        loss = loss + config.cycle_weight / len(output.earlier) * lm_loss_of(logits)
     metrics |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}
     if output.target_q_continue is not None:
         q_continue_loss = halting_loss(output.q_continue, output.target_q_continue)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+_NORMAL = 0x6E6F726D616C  # tells the normal numbers of a seed from its uniform ones
 _MASK = 0xFFFFFFFF
 
 
@@ -29,3 +32,14 @@ def counter_uniform(seed: int, step: Tensor, rows: Tensor, streams: int) -> Tens
     stream = torch.arange(streams, device=rows.device, dtype=torch.int64).unsqueeze(1)
     bits = _mix(_mix(_mix((rows & _MASK) ^ key) + stream) ^ key)
     return (bits >> 8).to(torch.float32) * 2.0**-24  # 24 bits: exact in float32
+
+
+def counter_normal(seed: int, step: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Standard normal float32, shape (len(rows), count), by Box and Muller; see `counter_uniform`.
+
+    Global row number × `count` should stay below 2³², after which numbers come again.
+    """
+    places = rows.unsqueeze(1) * count + torch.arange(count, device=rows.device)
+    u, v = counter_uniform(seed ^ _NORMAL, step, places.reshape(-1), streams=2)
+    normal = (-2 * torch.log1p(-u)).sqrt() * torch.cos(2 * math.pi * v)
+    return normal.view(len(rows), count)

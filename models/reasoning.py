@@ -25,6 +25,7 @@ class StepOutput(NamedTuple):
     state: State  # detached
     logits: Tensor  # (B, L, vocab)
     q_logits: Tensor  # (B, 2) float32 at least: halt, continue
+    earlier: tuple[Tensor, ...] = ()  # logits after earlier cycles, where these are trained, too
 
 
 class ReasoningModel(nn.Module):
@@ -42,6 +43,7 @@ class ReasoningModel(nn.Module):
         super().__init__()
         self.config, self.dims = config, dims
         self.schedule = self.full_schedule = config.schedule()
+        self.act_steps = config.halt_max_steps  # at most, at this stage of training
         self.embedding = InputEmbedding(config, dims, dtype, generator)
         self.levels = nn.ModuleDict(levels)
         for name in config.states:  # buffers: neither trained nor averaged
@@ -74,6 +76,7 @@ class ReasoningModel(nn.Module):
 
     def set_progress(self, progress: float) -> None:
         """Train by the schedule for this fraction of the steps; evaluation is by the full one."""
+        self.act_steps = self.config.act_steps(progress)
         self.schedule = self.config.schedule(progress)
 
     def compile_levels(self, rows: int | None = None) -> bool:
@@ -100,11 +103,18 @@ class ReasoningModel(nn.Module):
         schedule = self.schedule if self.training else self.full_schedule
         x_BLD = self.embedding(batch)
         kept = self.config.grad_checkpoint if torch.is_grad_enabled() else "none"
+        earlier: list[Tensor] = []
+        trained = self.training and self.config.loss.cycle_weight > 0
+
+        def read_out(values: State) -> None:
+            earlier.append(self.lm_head(values[self.config.states[0]][:, self.config.prefix_len :]))
+
         # what is recomputed after this pass casts for itself
         with cast_once(self.levels, x_BLD) if kept == "none" else nullcontext():
-            state = run(schedule, state, x_BLD, self.levels, kept)
+            state = run(schedule, state, x_BLD, self.levels, kept, read_out if trained else None)
         answer = state[self.config.states[0]]
         logits = self.lm_head(answer[:, self.config.prefix_len :])
         q_logits = self.q_head(answer[:, 0])  # the first position also decides on halting
         q_logits = q_logits.to(torch.float32)
-        return StepOutput({k: v.detach() for k, v in state.items()}, logits, q_logits)
+        detached = {k: v.detach() for k, v in state.items()}
+        return StepOutput(detached, logits, q_logits, tuple(earlier))

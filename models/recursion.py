@@ -7,7 +7,7 @@ al. 2025, arXiv:2512.14693) recur by different schedules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -69,6 +69,7 @@ def run(
     x: Tensor,
     levels: Mapping[str, BlockStack],
     grad_checkpoint: GradCheckpoint = "none",
+    after_cycle: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
     """Carry out `schedule` from `state` (each (B, L, D)) with the embedded input `x` (B, L, D).
 
@@ -80,6 +81,8 @@ def run(
     or that of the slow state), or of each whole cycle and, inside the one that is being
     differentiated, of each block ("all"). The rest is computed a second time, except for the last
     piece, which the backward pass begins with.
+
+    `after_cycle` is called with the states after every cycle with gradient but the last one.
     """
     import torch
 
@@ -95,6 +98,8 @@ def run(
                     values |= _recomputed_cycle(phase.updates, values, levels)
                 else:
                     _cycle(phase.updates, values, levels, kept, last)
+                if grad and not last and after_cycle is not None:
+                    after_cycle(values)
     return {name: values[name] for name in state}
 
 

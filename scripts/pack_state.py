@@ -1,6 +1,7 @@
 """Pack a training state into one small file, to go on elsewhere or at another time.
 
     python scripts/pack_state.py CHECKPOINT OUT.safetensors [--rounded bf16|fp8] [--limit-mib 50]
+        [--step N]
     python pretrain.py load_checkpoint=OUT.safetensors …
 
 CHECKPOINT is a run folder (its newest checkpoint) or a checkpoint's folder. Parameters stay exact;
@@ -28,12 +29,18 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--rounded", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--limit-mib", type=float, default=50.0)
+    parser.add_argument("--step", type=int, help="refuse a checkpoint of any other step")
     options = parser.parse_args()
     if options.target.suffix != ".safetensors":
         raise ConfigError(f"{options.target} should end in .safetensors")
     found = find_checkpoint(options.checkpoint, Path("runs"))
     if not (isinstance(found, Resume) and found.path.is_dir()):
         raise ConfigError(f"{options.checkpoint} is not a run folder nor a checkpoint's folder")
+    if options.step not in (None, found.index["step"]):
+        raise ConfigError(
+            f"{found.path} is at step {found.index['step']}, not {options.step}: the sitting was "
+            "stopped before its end, and goes on when it is called again"
+        )
     header = packing.pack(found.path, options.target, options.rounded)
     size = options.target.stat().st_size / 2**20
     if size > options.limit_mib:

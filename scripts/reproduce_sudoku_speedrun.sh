@@ -84,7 +84,7 @@ for cut in ${cuts//,/ } end; do
   "$python" pretrain.py "${from[@]}" run_name="$name-$number" resume=auto "${data[@]}" \
     ${more[@]+"${more[@]}"} ${until[@]+"${until[@]}"}
   [ "$cut" = end ] && break
-  "$python" scripts/pack_state.py "$run" "$state"
+  "$python" scripts/pack_state.py "$run" "$state" --step "$cut"
   at=$cut
   if [ $sitting = yes ]; then
     echo "to go on: keep $state, and call this again with the same arguments"
@@ -92,10 +92,18 @@ for cut in ${cuts//,/ } end; do
   fi
 done
 
+if ! grep -q '"finished": true' "$run/summary.json"; then
+  echo "reproduce_sudoku_speedrun: stopped before the end; the same arguments go on with it" >&2
+  exit 1
+fi
+
 echo "== evaluation: weights in bfloat16, 16 ACT steps"
 rm -rf "runs/weights/$name"
 "$python" scripts/publish_weights.py "$run" "$name" --into runs/weights
 "$python" evaluate.py checkpoint="runs/weights/$name" "${test_data[@]}" output_dir="$run"
+
+"$python" scripts/report_run.py runs/"$name"-[0-9]* --weights "runs/weights/$name" \
+  --evaluation "$run/evaluation-$name.json" --out "$run/report"
 
 if [ $thinking = yes ]; then
   echo "== test-time compute on the same weights"

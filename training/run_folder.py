@@ -140,7 +140,10 @@ def environment() -> dict[str, Any]:
 
 
 def code_version() -> str:
-    """The commit of the code, with `-dirty` where files were changed; `unknown` outside git."""
+    """The commit of the code, with `-dirty` where files were changed.
+
+    Outside git what the environment variable LOOPWRIGHT_COMMIT says, else `unknown`.
+    """
     root = Path(__file__).parent.parent
     try:
         return subprocess.run(
@@ -148,7 +151,7 @@ def code_version() -> str:
             cwd=root, capture_output=True, text=True, timeout=5, check=True,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("LOOPWRIGHT_COMMIT", "unknown")
 
 
 def is_locked(run_dir: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models import Carry, act_loss, choose, counter_uniform
+from models import Carry, act_loss, choose, counter_uniform, perturbed
 from optim import clip_scale, learning_rate
 from training.config import RunConfig
 from training.state import TrainState
@@ -40,7 +40,8 @@ def train_step(state: TrainState, config: RunConfig, total_steps: int) -> None:
     if state.graph is None:
         advance(state, config)
     else:
-        state.graph.run(state.model.schedule, lambda: advance(state, config))
+        stage = state.model.schedule, state.model.act_steps
+        state.graph.run(stage, lambda: advance(state, config))
 
 
 def load_step(state: TrainState, config: RunConfig, total_steps: int) -> None:
@@ -58,7 +59,9 @@ def load_step(state: TrainState, config: RunConfig, total_steps: int) -> None:
 def advance(state: TrainState, config: RunConfig) -> None:
     """The device's part, on fixed addresses: it can be captured in a CUDA graph."""
     state.step_counter += 1
-    carry = state.act.refill(state.carry, state.incoming)
+    fresh, carry = state.carry.halted, state.act.refill(state.carry, state.incoming)
+    carry = perturbed(carry, fresh, config.arch, seed=config.seed, step=state.step_counter,
+                      rows=state.row_numbers)  # fmt: skip
     draws = counter_uniform(config.seed, state.step_counter, state.row_numbers, streams=2)
     parts, losses, sums, finite, embedded = [], [], {}, [], []
     rows_per_part = draws.shape[1] // config.grad_accum

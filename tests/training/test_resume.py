@@ -105,6 +105,16 @@ def test_resumed_is_never_stopped(tiny, monkeypatch, arch, optim, grad_accum):
     assert metrics(whole) == metrics(again)
 
 
+def test_noise_and_stages_of_training_resume_too(tiny, monkeypatch):
+    common = (*EVERY_5, "arch.random_init=true", "arch.state_noise=0.1",
+              "arch.halt_curriculum=[[0.5,3],[0.7,5]]", "arch.loss.blanks_only=true")  # fmt: skip
+    whole = train(monkeypatch, *tiny(*common, "run_name=whole"))
+    plain = train(monkeypatch, *tiny(*EVERY_5, "run_name=plain"))
+    first = train(monkeypatch, *tiny(*common, "run_name=first"), crash_before=8)
+    again = train(monkeypatch, f"load_checkpoint={first}")
+    assert tensors(newest(whole)) == tensors(newest(again)) != tensors(newest(plain))
+
+
 @pytest.mark.parametrize("state", ["bf16", "fp8"])
 def test_small_moments_resume_too(tiny, monkeypatch, state):
     common = (*EVERY_5, "optim=adam_mini", f"optim.state={state}")

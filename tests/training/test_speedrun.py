@@ -90,6 +90,9 @@ def test_the_script_trains_in_sittings_and_evaluates(house, puzzles):
     assert summary["finished"] and summary["step"] == 9
     report = json.loads((house / "runs/s-2/evaluation-s.json").read_text())
     assert report["sets"]["all"]["count"] == 6 and report["step"] == 9
+    figure = f"{report['sets']['all']['exact_accuracy']:.4%} of 6 puzzles"
+    told = (house / "runs/s-2/report.md").read_text()
+    assert figure in told and "began after step 4 from a packed state" in told
     rows = list(csv.DictReader((house / "runs/s-2/thinking-curve.csv").open()))
     assert {(r["depth"], r["confidence"]) for r in rows} == {
         (d, c) for d in ("16", "64") for c in ("0.5", "0.9", "0.99")
