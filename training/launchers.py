@@ -24,16 +24,15 @@ def make_launch(kind: str, settings: dict[str, Any]) -> Launch:
     """The launch function of `hydra/launcher=KIND`; ConfigError where a package is missing."""
     if kind == "process":
         return one_after_another
+    if importlib.util.find_spec(kind) is None:
+        raise ConfigError(f"hydra/launcher={kind} needs the package {kind}: pip install {kind}")
     try:
         kinds = {"joblib": JoblibLaunch, "submitit": SubmititLaunch, "ray": RayLaunch}
-        launch = kinds[kind](**settings)
+        return kinds[kind](**settings)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Input ")
         raise ConfigError(f"hydra.launcher.{key}={first['input']}: {message}") from None
-    if importlib.util.find_spec(kind) is None:
-        raise ConfigError(f"hydra/launcher={kind} needs the package {kind}: pip install {kind}")
-    return launch
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))

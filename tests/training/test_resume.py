@@ -458,17 +458,25 @@ def test_a_malicious_pickle_is_refused_and_never_run(tiny, tmp_path, save):
 
 
 def rename_one(weights):
-    return {("extra" if k == "lm_head.weight" else k): v for k, v in weights.items()}
+    return {("extra" if k == "z_H_init" else k): v for k, v in weights.items()}
 
 
 BAD_WEIGHTS = {
     "shapes": (lambda w: {k: v[..., :1] for k, v in w.items()}, "has shape"),
-    "names": (rename_one, r"1 tensors are missing, such as lm_head\.weight; 1 .* such as extra"),
-    "no tensors": (lambda w: {"a": 1}, "not a state dict"),
-    "a list": (lambda w: list(w.values()), "not a state dict"),
+    "names": (rename_one, r"1 tensors are missing, such as z_H_init; 1 .* such as extra"),
+    "no tensors": (lambda w: {"lm_head.weight": 1}, "not a state dict"),
+    "a list": (lambda w: list(w.values()), r"holds no model .* lm_head\.weight"),
+    "without its head": (
+        lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"},
+        "holds no model",
+    ),
     "nested": (lambda w: {"model": w}, "not a state dict"),
     "foreign names": (
-        lambda w: {"embed_tokens.embedding_weight": w["embedding.tokens"], "x.y": w["z_H_init"]},
+        lambda w: {
+            "embed_tokens.embedding_weight": w["embedding.tokens"],
+            "lm_head.weight": w["lm_head.weight"],
+            "x.y": w["z_H_init"],
+        },
         "no counterpart for the reference tensor 'x.y'",
     ),
 }
