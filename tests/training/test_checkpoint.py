@@ -19,12 +19,19 @@ from training import checkpoint
 from training.errors import ConfigError
 from training.resume import find_checkpoint
 
-INDEX = {"config": {}, "dims": {}, "dataset": {}, "run_id": "x", "seconds": 0.0}
+DIMS = {"seq_len": 16, "vocab_size": 6, "num_puzzle_ids": 1}
+INDEX = {
+    "config": {},
+    "dims": DIMS,
+    "dataset": {**DIMS, "fingerprint": "f"},
+    "run_id": "x",
+    "seconds": 0.0,
+}
 
 
 def write(run_dir: Path, step: int, value: float = 0.0) -> Path:
     files = {"model": {"w": torch.full((64,), value)}, "ema": {"w": torch.full((64,), value)}}
-    return checkpoint.write(run_dir, step, files, INDEX)
+    return checkpoint.write(run_dir, step, {**files, "optimizer": {}, "carry": {}}, INDEX)
 
 
 def names(run_dir: Path) -> list[str]:
@@ -35,7 +42,8 @@ def test_what_is_written_is_read(tmp_path):
     path = write(tmp_path, 3, 1.5)
     index = checkpoint.read_index(path)
     assert path.name == "step_00000003" and index["step"] == 3 and index["format"] == 1
-    assert set(index["files"]) == {"model.safetensors", "ema.safetensors"}
+    stems = "model", "ema", "optimizer", "carry"
+    assert set(index["files"]) == {f"{stem}.safetensors" for stem in stems}
     assert torch.equal(checkpoint.read_tensors(path, "ema")["w"], torch.full((64,), 1.5))
     assert checkpoint.read_tensors(path, "optimizer") == {}
     assert names(tmp_path) == ["step_00000003"]
