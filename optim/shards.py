@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-_BYTES = 8 << 20  # of a bucket that is cut anywhere
-_ALIGN = 256  # bytes between the starts of two tensors
+T = TypeVar("T", bound=Tensor)  # such as a parameter
+
+_BYTES = 8 << 20  # of a bucket: large enough for the bandwidth, small enough to begin early
+_ALIGN = 256  # bytes between the starts of two tensors, at least what kernels like
 
 
 @dataclass
@@ -79,7 +83,7 @@ class Bucket:
 
 def cut_anywhere(members: list[Tensor], rank: int, world: int) -> Bucket:
     """A bucket of equal regions; a tensor may lie in several."""
-    rooms = [_room(p) for p in members]
+    rooms = [room(p) for p in members]
     region = _round(-(-sum(rooms) // world), members[0].element_size())
     starts = [sum(rooms[:i]) for i in range(len(rooms))]
     params, grads = _buffers(members[0], region * world)
@@ -93,15 +97,15 @@ def whole_tensors(members: list[Tensor], rank: int, world: int, loads: list[int]
 
     `loads` counts what each rank has, over several buckets.
     """
-    rooms = [_room(p) for p in members]
+    rooms = [room(p) for p in members]
     owners = [0] * len(rooms)
     for i in sorted(range(len(rooms)), key=lambda i: -rooms[i]):
         owners[i] = min(range(world), key=lambda r: (loads[r], r))
         loads[owners[i]] += rooms[i]
     inside, regions = [0] * len(rooms), [0] * world
-    for i, (owner, room) in enumerate(zip(owners, rooms, strict=True)):
+    for i, (owner, size) in enumerate(zip(owners, rooms, strict=True)):
         inside[i] = regions[owner]
-        regions[owner] += room
+        regions[owner] += size
     starts = [sum(regions[:o]) + s for o, s in zip(owners, inside, strict=True)]
     params, grads = _buffers(members[0], sum(regions))
     low = sum(regions[:rank])
@@ -109,24 +113,24 @@ def whole_tensors(members: list[Tensor], rank: int, world: int, loads: list[int]
     return Bucket(members, starts, owners, regions, params, grads, mine, rank)
 
 
-def by_kind(params: list[Tensor]) -> list[list[Tensor]]:
+def by_kind(params: Sequence[T]) -> list[list[T]]:
     """Groups of one dtype and device, in order."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    kinds: dict[tuple[torch.dtype, torch.device], list[T]] = {}
     for p in params:
         kinds.setdefault((p.dtype, p.device), []).append(p)
     return list(kinds.values())
 
 
-def chunks(params: list[Tensor]) -> list[list[Tensor]]:
+def chunks(params: Sequence[T]) -> list[list[T]]:
     """Neighbours, in groups of about `_BYTES`."""
-    groups: list[list[Tensor]] = [[]]
+    groups: list[list[T]] = [[]]
     size = 0
     for p in params:
         if size >= _BYTES:
             groups.append([])
             size = 0
         groups[-1].append(p)
-        size += _room(p) * p.element_size()
+        size += room(p) * p.element_size()
     return [group for group in groups if group]
 
 
@@ -140,6 +144,6 @@ def _round(elements: int, element_size: int) -> int:
     return -(-elements // step) * step
 
 
-def _room(p: Tensor) -> int:
+def room(p: Tensor) -> int:
     """Elements that a tensor takes, with what aligns the next one."""
     return _round(p.numel(), p.element_size())

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_BYTES = 8 << 20  # of a bucket: large enough for the bandwidth, small enough to begin early
-_ALIGN = 256  # bytes between the starts of two gradients, at least what kernels like
+from optim.shards import by_kind, chunks, room
 
 
 class GradientBuckets:
@@ -36,15 +35,15 @@ class GradientBuckets:
         self._works: list[dist.Work] = []
         self._armed = False
         reverse = [p for p in parameters if p.requires_grad][::-1]
-        for (dtype, device), params in _by_kind(reverse).items():
-            for members in _cut(params):
-                self._add(members, dtype, device)
+        for params in by_kind(reverse):
+            for members in chunks(params):
+                self._add(members)
         self._missing = [len(members) for members in self._members]
 
-    def _add(self, members: list[nn.Parameter], dtype: torch.dtype, device: torch.device) -> None:
+    def _add(self, members: list[nn.Parameter]) -> None:
         number = len(self.flat)
-        sizes = [_room(p) for p in members]
-        flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        sizes = [room(p) for p in members]
+        flat = torch.zeros(sum(sizes), dtype=members[0].dtype, device=members[0].device)
         start = 0
         for p, size in zip(members, sizes, strict=True):
             p.grad = flat.as_strided(p.size(), p.stride(), start)
@@ -82,31 +81,3 @@ class GradientBuckets:
         """Clear all gradients, in place."""
         for flat in self.flat:
             flat.zero_()
-
-
-def _by_kind(
-    params: list[nn.Parameter],
-) -> dict[tuple[torch.dtype, torch.device], list[nn.Parameter]]:
-    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    for p in params:
-        kinds.setdefault((p.dtype, p.device), []).append(p)
-    return kinds
-
-
-def _room(p: nn.Parameter) -> int:
-    """Elements that a gradient takes, with what aligns the next one."""
-    step = _ALIGN // p.element_size()
-    return -(-p.numel() // step) * step
-
-
-def _cut(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Neighbours, in groups of about `_BYTES`."""
-    groups: list[list[nn.Parameter]] = [[]]
-    size = 0
-    for p in params:
-        if size >= _BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(p)
-        size += _room(p) * p.element_size()
-    return [group for group in groups if group]
