@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from models.act import ACT
 from models.attention import Attention
@@ -48,12 +48,16 @@ def updates_of(config: ReasoningConfig) -> Counter[tuple[str, bool]]:
     return counts
 
 
-class _Memory(TorchDispatchMode):
-    """Bytes of all tensors made since it was entered: now alive, and at most alive."""
+class _Meter(TorchDispatchMode):
+    """FLOPs of products, and bytes of all tensors made since it was entered: alive, at most alive.
+
+    FLOPs by the formulas of torch's `FlopCounterMode`, which keeps tensors alive, and hooks into
+    the modules of all threads.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.peak = 0
+        self.flops = self.alive = self.peak = 0
         self._seen: set[int] = set()
 
     def _free(self, key: int, size: int) -> None:
@@ -63,7 +67,10 @@ class _Memory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:  # the signature is torch's
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
         for value in tree_leaves(result):
             if not isinstance(value, Tensor):
                 continue
@@ -114,25 +121,17 @@ def cost(config: ReasoningConfig, dims: ModelDims, rows: int, device: torch.devi
     batch = {"inputs": tokens, "labels": tokens, "puzzle_ids": ids}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    marks = []
-
-    def step() -> None:
+    meter, _ShapedAttention.flops = _Meter(), 0
+    with meter:
         carry = act.refill(act.initial_carry(batch), batch)
         puzzle_rows = model.puzzle_rows(ids)
         if puzzle_rows is not None:
             puzzle_rows = puzzle_rows.requires_grad_()
         carry, output = act(carry, puzzle_rows)
         loss, _ = act_loss(carry, output, config.loss)
-        marks.append(products.get_total_flops() + _ShapedAttention.flops)
+        forward = meter.flops + _ShapedAttention.flops
         loss.backward()
-
-    memory, products = _Memory(), FlopCounterMode(display=False)
-    _ShapedAttention.flops = 0
-    with products:
-        step()
-    forward, total = marks[0], products.get_total_flops() + _ShapedAttention.flops
-    with memory:  # on its own: counting FLOPs keeps tensors alive
-        step()
+    total = meter.flops + _ShapedAttention.flops
     table = model.embedding.puzzles
     counts = updates_of(config)
     return Cost(
@@ -142,5 +141,5 @@ def cost(config: ReasoningConfig, dims: ModelDims, rows: int, device: torch.devi
         grad_updates=sum(n for (_, grad), n in counts.items() if grad),
         forward_flops=forward,
         gradient_flops=total - forward,
-        activation_bytes=memory.peak,
+        activation_bytes=meter.peak,
     )

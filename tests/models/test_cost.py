@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models import ACT, ARCHITECTURES, ModelDims, act_loss, build_model
-from models.cost import _Memory, cost, updates_of
+from models.cost import _Meter, cost, updates_of
 
 CPU = torch.device("cpu")
 DIMS = ModelDims(seq_len=60, vocab_size=12, num_puzzle_ids=10)
@@ -33,7 +33,7 @@ def peak(config, rows: int) -> int:
     tokens = torch.zeros(rows, DIMS.seq_len, dtype=torch.int32)
     batch = {"inputs": tokens, "labels": tokens, "puzzle_ids": tokens[:, 0]}
     gc.collect()
-    memory = _Memory()
+    memory = _Meter()
     with memory:
         carry = act.refill(act.initial_carry(batch), batch)
         puzzle_rows = act.model.puzzle_rows(batch["puzzle_ids"]).requires_grad_()
