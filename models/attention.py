@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -33,16 +36,20 @@ class Attention(nn.Module):
 
     def fused(self, x_BLD: Tensor) -> bool:
         """Whether a fused kernel follows the first map on activations like x_BLD."""
-        if not (self.fusible and usable("attention", x_BLD)) or self.qkv.fp8:
-            return False
-        from models.kernels import long_attention as long
-        from models.kernels.attention import supported
+        return not self.qkv.fp8 and self._kernel(x_BLD) is not None
 
-        if supported(x_BLD.shape[1], x_BLD.shape[2] // self.num_heads):
-            return True
-        qkv = torch.empty((), dtype=x_BLD.dtype, device=x_BLD.device)
-        qkv = qkv.expand(*x_BLD.shape[:2], 3 * x_BLD.shape[2])
-        return not self.causal and long.supported(qkv, self.num_heads)
+    def _kernel(self, x_BLD: Tensor) -> Callable[..., Tensor] | None:
+        """The fused attention (qkv, heads, cos, sin) for activations like x_BLD, or None."""
+        if not (self.fusible and usable("attention", x_BLD)):
+            return None
+        from models.kernels import attention as short
+        from models.kernels import long_attention as long
+
+        if short.supported(x_BLD.shape[1], x_BLD.shape[2] // self.num_heads):
+            return partial(short.short_attention, causal=self.causal)
+        if not self.causal and long.supported(x_BLD, self.num_heads):
+            return long.long_attention
+        return None
 
     def prepare(self, x_BLD: Tensor) -> None:
         """Lay the weights out as kernels take them, for all uses on activations like x_BLD."""
@@ -70,16 +77,9 @@ class Attention(nn.Module):
         Both (B, L, D). With the second in its residual a block spares its backward pass a sum.
         """
         qkv, x_BLD = self._to_qkv(x_BLD)
-        if self.fusible and usable("attention", qkv):
-            from models.kernels.attention import short_attention, supported
-
+        if (kernel := self._kernel(x_BLD)) is not None:
             tables = (None, None) if rope is None else (rope.cos, rope.sin)
-            if supported(x_BLD.shape[1], x_BLD.shape[2] // self.num_heads):
-                return short_attention(qkv, self.num_heads, *tables, self.causal), x_BLD
-            from models.kernels import long_attention as long
-
-            if not self.causal and long.supported(qkv, self.num_heads):
-                return long.long_attention(qkv, self.num_heads, *tables), x_BLD
+            return kernel(qkv, self.num_heads, *tables), x_BLD
         qkv = rearrange(qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
         q, k, v = qkv.unbind(0)
         if rope is not None:

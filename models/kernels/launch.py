@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 from models.kernels import hopper
 
@@ -15,14 +16,14 @@ from models.kernels import hopper
 class Operation:
     """A function of tensors and numbers that torch's compiler takes as one opaque operation.
 
-    What `torch.library.custom_op` makes of a function that changes no argument; but the first call
-    of those imports the compiler, which takes seconds, whether anything is compiled or not.
+    What torch's `custom_op` makes of a function that changes no argument; but the first call of
+    those imports the compiler, which takes seconds, whether anything is compiled or not.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        schema = torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(name, "default", function)
+        schema = library.infer_schema(function, mutates_args=())
+        library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, "default", function)
         self.name, self.__doc__ = name, function.__doc__
         namespace, _, own = name.partition("::")
         self.overload = getattr(getattr(torch.ops, namespace), own).default
@@ -33,7 +34,7 @@ class Operation:
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A decorator: `function` gives the shapes of the results."""
-        torch.library.register_fake(self.name, function)
+        library.register_fake(self.name, function)
         return function
 
 

@@ -123,10 +123,10 @@ def long_attention(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | No
     return _attend(qkv, cos, sin, heads, rope, False)[0]
 
 
-def supported(qkv: Tensor, heads: int) -> bool:
-    """Whether `long_attention` takes qkv (B, L, 3 D): by device, dtype and shape."""
-    length, width = qkv.shape[1], qkv.shape[2]
-    if not qkv.is_cuda or qkv.dtype != torch.bfloat16:
+def supported(x: Tensor, heads: int) -> bool:
+    """Whether `long_attention` takes the qkv of x (B, L, D): by device, dtype and shape."""
+    length, width = x.shape[1], x.shape[2]
+    if not x.is_cuda or x.dtype != torch.bfloat16:
         return False
-    fits = MIN_TOKENS <= length <= attention_long.MAX_TOKENS and width == 3 * heads * HEAD_DIM
-    return fits and on_hopper(qkv.device.index)
+    fits = MIN_TOKENS <= length <= attention_long.MAX_TOKENS and width == heads * HEAD_DIM
+    return fits and on_hopper(x.device.index)

@@ -173,22 +173,23 @@ def linear_swiglu(x: Tensor, w: Tensor, save: bool) -> tuple[Tensor, Tensor | No
 
     x (..., K), w (2 I, K) → h (..., I), gate | up (..., 2 I) or None. (Shazeer 2020.)
     """
-    inner = w.shape[0] // 2
-    h = x.new_empty(*x.shape[:-1], inner)
-    wide = x.new_empty(*x.shape[:-1], 2 * inner) if save else None
-    _run(plan(_SWIGLU_SAVE if save else _SWIGLU, w.shape[1], inner), x, w, None, h, wide)
-    return h, wide
+    return _swiglu(x, w, save, None)
 
 
 def linear_swiglu_squares(x: Tensor, w: Tensor, save: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """`linear_swiglu`, and sums of (gate ⊙ up)² in parts: (T, M) float32, to be added over T."""
+    tiles = w.shape[0] // 2 // plan(_SWIGLU, w.shape[1], w.shape[0] // 2, True).out
+    parts = x.new_empty(tiles, x.numel() // x.shape[-1], dtype=torch.float32)
+    return *_swiglu(x, w, save, parts), parts
+
+
+def _swiglu(x: Tensor, w: Tensor, save: bool, parts: Tensor | None) -> tuple[Tensor, Tensor | None]:
     inner = w.shape[0] // 2
     h = x.new_empty(*x.shape[:-1], inner)
     wide = x.new_empty(*x.shape[:-1], 2 * inner) if save else None
-    p = plan(_SWIGLU_SAVE if save else _SWIGLU, w.shape[1], inner, True)
-    parts = x.new_empty(inner // p.out, x.numel() // x.shape[-1], dtype=torch.float32)
+    p = plan(_SWIGLU_SAVE if save else _SWIGLU, w.shape[1], inner, parts is not None)
     _run(p, x, w, None, h, wide, parts)
-    return h, wide, parts
+    return h, wide
 
 
 def linear_dswiglu(
