@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("sharded_cases.py")
 
 CASES = [
     ("cpu", 2),
-    ("cpu", 4),
+    pytest.param("cpu", 4, marks=pytest.mark.slow),
     pytest.param(
         "cuda", 2, marks=[
             pytest.mark.gpu,

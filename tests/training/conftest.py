@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 
 import pytest
+import torch
 
 import tests.training.helpers
 import training.cli
 import training.loop
+from data import read_dataset
+from models import ACT, build_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,3 +24,15 @@ def quick():
             patch.setattr(module, "compose_values", lambda name, o: cached(name, tuple(o)))
         patch.setattr(training.loop, "plot_run", lambda run_dir: run_dir / "curves.png")
         yield
+
+
+@pytest.fixture
+def solver(resolve_run):
+    """A small untrained model whose halting differs from row to row, and its test data."""
+    run = resolve_run("arch.halt_max_steps=5")
+    model = build_model(run.config.arch, run.dims, seed=1, device=torch.device("cpu"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.q_head.weight.normal_(std=0.5)
+        model.q_head.bias.zero_()
+    return ACT(model).eval(), read_dataset(run.dataset_path, "test")

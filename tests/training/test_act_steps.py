@@ -16,17 +16,6 @@ from training.thinking import Thinker, _fewer
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def solver(resolve_run):
-    run = resolve_run("arch.halt_max_steps=5")
-    model = build_model(run.config.arch, run.dims, seed=1, device=CPU)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model.q_head.weight.normal_(std=0.5)
-        model.q_head.bias.zero_()
-    return ACT(model).eval(), read_dataset(run.dataset_path, "test")
-
-
 class Recorded:
     """Stands in for `GraphedWork` where there is no GPU: every call does the work."""
 

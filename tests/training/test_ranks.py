@@ -18,6 +18,7 @@ from tests.training.rank_checks import (
 )
 
 SIZES = (2, 4)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

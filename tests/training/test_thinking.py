@@ -6,26 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from data import EvalLoader, read_dataset
+from data import EvalLoader
 from data.augment_sudoku import SudokuAugmentation
-from models import ACT, build_model
 from training.config import ThinkConfig
 from training.evaluation import evaluate
 from training.thinking import Thinker, Trajectories, depths_up_to
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def solver(resolve_run):
-    """A small untrained model whose halting differs from row to row, and its test data."""
-    run = resolve_run("arch.halt_max_steps=5")
-    model = build_model(run.config.arch, run.dims, seed=1, device=CPU)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        model.q_head.weight.normal_(std=0.5)
-        model.q_head.bias.zero_()
-    return ACT(model).eval(), read_dataset(run.dataset_path, "test")
 
 
 def loader(dataset, batch_size=8):
