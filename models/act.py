@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models import chains
 from models.kernels import usable
 from models.reasoning import ReasoningModel, State
+from models.recursion import split
 
 IGNORE_LABEL = -100
 Batch = dict[str, Tensor]  # inputs (B, L), labels (B, L), puzzle_ids (B,)
@@ -110,14 +111,15 @@ class ACT(nn.Module):
         """
         config = self.model.config
         batch = carry.batch if puzzle_rows is None else {**carry.batch, "puzzle_rows": puzzle_rows}
-        state, logits, q_logits, earlier = self.model(carry.state, batch)
-        output = ACTOutput(logits, q_logits[:, 0], q_logits[:, 1], earlier=earlier)
-        q_halt = output.q_halt
+        if self.chains == 1:
+            state, logits, q_logits, earlier = self.model(carry.state, batch)
+            output = ACTOutput(logits, q_logits[:, 0], q_logits[:, 1], earlier=earlier)
+            q_halt = output.q_halt
+        else:
+            state, output, of_row = self._race(carry.state, batch)
+            q_halt = output.q_halt[of_row]
+            draws = None if draws is None else chains.grouped(draws.t(), self.chains).t()
         with torch.no_grad():
-            if self.chains > 1:
-                state, output.winner, q_halt = self._race(state, output, carry.batch["labels"])
-                output.chains = self.chains
-                draws = None if draws is None else chains.grouped(draws.t(), self.chains).t()
             steps = carry.steps + 1
             most = self.model.act_steps if self.training else config.halt_max_steps
             last = steps >= most
@@ -131,17 +133,38 @@ class ACT(nn.Module):
                     output.target_q_continue = self._bootstrap(state, batch, last)
         return Carry(state, steps, halted, carry.batch), output
 
-    def _race(
-        self, state: State, output: ACTOutput, labels: Tensor
-    ) -> tuple[State, Tensor, Tensor]:
-        """States with the winner's answer, which rows won (B,), the winner's halting logit (B,)."""
+    def _race(self, state: State, batch: Batch) -> tuple[State, ACTOutput, Tensor]:
+        """All chains' step: states with the winner's answer, output, each row's winner (B,).
+
+        No chain thinks with gradient. The winners then repeat the part of the schedule that
+        carries it, and theirs are the rows of the output with gradient.
+        """
         from models.loss import token_loss
 
-        kind = self.model.config.loss.kind
-        of_row = chains.winners(token_loss(output.logits, labels, kind).sum(-1), self.chains)
-        answer = self.model.config.states[0]
-        won = of_row == torch.arange(len(of_row), device=of_row.device)
-        return {**state, answer: state[answer][of_row]}, won, output.q_halt[of_row]
+        model, config = self.model, self.model.config
+        free, rest = split(model.schedule)
+        with torch.no_grad():
+            middle = model.think(state, batch, free)
+            every = model(middle, batch, rest)
+            loss = token_loss(every.logits, batch["labels"], config.loss.kind).sum(-1)
+            of_row = chains.winners(loss, self.chains)
+            rows = of_row[:: self.chains]
+        won = model(
+            {name: x.index_select(0, rows) for name, x in middle.items()},
+            {name: x.index_select(0, rows) for name, x in batch.items()},
+            rest,
+        )
+        q_logits = every.q_logits.index_copy(0, rows, won.q_logits)
+        output = ACTOutput(
+            every.logits.index_copy(0, rows, won.logits),
+            q_logits[:, 0],
+            q_logits[:, 1],
+            winner=of_row == torch.arange(len(of_row), device=of_row.device),
+            chains=self.chains,
+            earlier=tuple(every.logits.index_copy(0, rows, x) for x in won.earlier),
+        )
+        answer = config.states[0]
+        return {**every.state, answer: every.state[answer][of_row]}, output, of_row
 
     def _minimum_steps(self, draws: Tensor) -> Tensor:
         """With the exploration probability a minimum from U{2..max}, else none: (B,) int32."""

@@ -2,8 +2,9 @@
 
 Rows of the batch come in groups of K: one puzzle, K initial latents. After each ACT step the row
 with the smallest token loss wins its group: it alone is trained, its answer state is taken over by
-the others, which keep their latents, and it decides on halting. Evaluation has one trajectory, from
-the first of the K initial latents.
+the others, which keep their latents, and it decides on halting. Gradient costs what it does for one
+row: the race is without, and the winner does once more what carries it. Evaluation has one
+trajectory, from the first of the K initial latents.
 
 Source: Dillon 2026, "Speed is Confidence", arXiv:2601.19085 (winner-take-all training, K = 4,
 z_H copied, z_L kept, fixed initial latents).

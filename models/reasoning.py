@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from models.casting import cast_once
 from models.config import ModelDims, ReasoningConfig
 from models.embedding import InputEmbedding
 from models.layers import Linear, truncated_normal
-from models.recursion import run
+from models.recursion import Schedule, run
 
 State = dict[str, Tensor]  # latent name → (B, prefix + L, D)
 
@@ -98,23 +98,39 @@ class ReasoningModel(nn.Module):
         """Rows (B, puzzle_emb_ndim) of the puzzle table for `puzzle_ids` (B,), or None."""
         return self.embedding.puzzle_rows(puzzle_ids)
 
-    def forward(self, state: State, batch: Mapping[str, Tensor]) -> StepOutput:
-        """One ACT step. `batch` holds inputs (B, L), puzzle_ids (B,) and maybe puzzle_rows."""
-        schedule = self.schedule if self.training else self.full_schedule
-        x_BLD = self.embedding(batch)
-        kept = self.config.grad_checkpoint if torch.is_grad_enabled() else "none"
+    def forward(
+        self, state: State, batch: Mapping[str, Tensor], schedule: Schedule | None = None
+    ) -> StepOutput:
+        """One ACT step, or that part of it which `schedule` is.
+
+        `batch` holds inputs (B, L), puzzle_ids (B,) and maybe puzzle_rows.
+        """
+        if schedule is None:
+            schedule = self.schedule if self.training else self.full_schedule
         earlier: list[Tensor] = []
-        trained = self.training and self.config.loss.cycle_weight > 0
 
         def read_out(values: State) -> None:
             earlier.append(self.lm_head(values[self.config.states[0]][:, self.config.prefix_len :]))
 
-        # what is recomputed after this pass casts for itself
-        with cast_once(self.levels, x_BLD) if kept == "none" else nullcontext():
-            state = run(schedule, state, x_BLD, self.levels, kept, read_out if trained else None)
+        trained = self.training and self.config.loss.cycle_weight > 0
+        state = self.think(state, batch, schedule, read_out if trained else None)
         answer = state[self.config.states[0]]
         logits = self.lm_head(answer[:, self.config.prefix_len :])
         q_logits = self.q_head(answer[:, 0])  # the first position also decides on halting
         q_logits = q_logits.to(torch.float32)
         detached = {k: v.detach() for k, v in state.items()}
         return StepOutput(detached, logits, q_logits, tuple(earlier))
+
+    def think(
+        self,
+        state: State,
+        batch: Mapping[str, Tensor],
+        schedule: Schedule,
+        after_cycle: Callable[[State], None] | None = None,
+    ) -> State:
+        """The states (each (B, prefix + L, D)) after `schedule`; see `recursion.run`."""
+        x_BLD = self.embedding(batch)
+        kept = self.config.grad_checkpoint if torch.is_grad_enabled() else "none"
+        # what is recomputed after this pass casts for itself
+        with cast_once(self.levels, x_BLD) if kept == "none" else nullcontext():
+            return run(schedule, state, x_BLD, self.levels, kept, after_cycle)

@@ -63,6 +63,12 @@ def truncated(cycle: Cycle, *, cycles: int, grad_cycles: int, tail: int = 1) -> 
     return tuple(p for p in phases if p.repeat and p.updates)
 
 
+def split(schedule: Schedule) -> tuple[Schedule, Schedule]:
+    """What comes before the first phase with gradient, and the rest."""
+    first = next((i for i, phase in enumerate(schedule) if phase.grad), len(schedule))
+    return schedule[:first], schedule[first:]
+
+
 def run(
     schedule: Schedule,
     state: Mapping[str, Tensor],

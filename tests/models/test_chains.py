@@ -57,7 +57,7 @@ def test_only_the_winner_learns_and_all_take_its_answer() -> None:
     loss, metrics = act_loss(carry, output, act.model.config.loss)
     assert metrics["count"] == carry.halted[::3].sum()
     chosen = [3 * g + int(w) for g, w in enumerate(winner)]
-    one, _ = ACT(act.model).eval(), None
+    one = ACT(act.model).eval()
     alone = type(carry)(
         {k: v[chosen] for k, v in before.items()}, carry.steps[chosen] - 1,
         torch.zeros(2, dtype=torch.bool), {k: v[chosen] for k, v in carry.batch.items()},
@@ -67,6 +67,35 @@ def test_only_the_winner_learns_and_all_take_its_answer() -> None:
     expected, _ = act_loss(kept, plain, act.model.config.loss)
     torch.testing.assert_close(loss, 3 * expected)
     torch.testing.assert_close(output.logits[chosen], plain.logits)
+    weights = [p for p in act.parameters() if p.requires_grad]
+    for got, want in zip(
+        torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True
+    ):
+        torch.testing.assert_close(got, 3 * want)
+
+
+def test_losers_carry_no_gradient_through_the_schedule() -> None:
+    """Of 4 rows, the gradient's part of the step is done by all once, and by the winners again."""
+    act, rows = racing(4, 2, H_cycles=3)
+    seen = []
+    for level in act.model.levels.values():
+        level.register_forward_pre_hook(
+            lambda _, inputs: seen.append((len(inputs[0]), torch.is_grad_enabled()))
+        )
+    act(act.refill(act.initial_carry(rows), rows))
+    assert {rows for rows, grad in seen if grad} == {2}
+    assert {rows for rows, grad in seen if not grad} == {4}
+    assert sum(not grad for _, grad in seen) == 3 * sum(grad for _, grad in seen)
+
+
+def test_earlier_cycles_are_trained_on_the_winner_alone() -> None:
+    fields = {"H_grad_cycles": 2, "loss": {"cycle_weight": 0.5}}
+    act, rows = racing(4, 2, H_cycles=3, **fields)
+    carry, output = act(act.refill(act.initial_carry(rows), rows))
+    (earlier,) = output.earlier
+    loss, _ = act_loss(carry, output, act.model.config.loss)
+    (grad,) = torch.autograd.grad(loss, earlier)
+    assert (grad.flatten(1).abs().sum(1) > 0).tolist() == output.winner.tolist()
 
 
 def test_evaluation_has_one_trajectory_from_the_first_latent() -> None:
