@@ -125,7 +125,6 @@ class Contender:
         self.graph = None
         if state.graph is not None:
             self.graph = GraphedWork(state.device)
-            self.graph.pool = state.graph.pool
             state.graph = self.graph
 
     def advance(self, steps: int) -> list[float]:
@@ -137,8 +136,14 @@ class Contender:
         with left_out(self.calls):
             return step_times(self.state, self.run, steps)
 
-    def warm_up(self) -> None:
-        """Compile and capture; of a silent one, `one_step` are then the collectives of a step."""
+    def warm_up(self, before: Contender | None) -> None:
+        """Compile and capture; of a silent one, `one_step` are then the collectives of a step.
+
+        The graph's memory is that of the one `before`: no two run at once, and five of them would
+        not fit the card.
+        """
+        if before is not None and before.graph is not None:
+            self.graph.pool = before.graph.pool
         self.advance(1)
         self.one_step = list(self.calls)
         self.advance(EAGER_CALLS + 1)
@@ -208,8 +213,10 @@ def contend(case: str, args: argparse.Namespace, device: torch.device, ranks: Ra
         together = build(config, overrides(mode, local * ranks.size, local), device, ranks)
         contenders[mode] = Contender(*together, silent=False)
         contenders[f"{mode} silent"] = Contender(*together, silent=True)
+    before = None
     for contender in contenders.values():
-        contender.warm_up()
+        contender.warm_up(before)
+        before = contender
     for _ in range(args.rounds):
         for contender in contenders.values():
             ranks.gather(None)

@@ -50,12 +50,15 @@ def test_every_optimizer_in_float64(resolve_run, tmp_path):
 
 def test_float32_differs_no_more_than_an_order_of_rows(resolve_run, tmp_path):
     """With compiled blocks."""
-    for number, sharded in enumerate(SHARDED):
-        run = resolve_run("arch.forward_dtype=float32", "max_steps=20", "optim=adamw",
-                          "device=cuda", sharded)  # fmt: skip
-        (alone,) = together(1, [("steps", some) for some in shuffled(run)], tmp_path / f"{number}1")
-        many = together(RANKS, [("steps", {"run": run})], tmp_path / f"{number}")
-        check_float32(alone, [results[0] for results in many])
+    recipe = ("arch.forward_dtype=float32", "max_steps=20", "optim=adamw", "device=cuda")
+    runs = [resolve_run(*recipe, sharded) for sharded in SHARDED]
+    with ThreadPoolExecutor(1) as beside:
+        rows = [("steps", some) for some in shuffled(runs[0])]
+        one = beside.submit(together, 1, rows, tmp_path / "one")
+        many = together(RANKS, [("steps", {"run": run}) for run in runs], tmp_path / "many")
+        (alone,) = one.result()
+    for number in range(len(runs)):
+        check_float32(alone, [results[number] for results in many])
 
 
 def test_rows_of_one_puzzle_on_several_ranks(resolve_run, tmp_path):
