@@ -7,6 +7,7 @@ form of the official package adam-mini 1.1.1; the blocks are those of `optim.par
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from optim.adam_like import AdamLike, Bucket, Plan
 from optim.base import Fused, Half, Params, bias_correction, work_dtype, write_gated
 from optim.checks import warn
+from optim.divide import divide_mini
 from optim.moments import block_amax, fp8_missing, fp8_scale, from_fp8, to_fp8
 from optim.partition import Partition, Rule, Segment, partition_parameters
 
@@ -112,6 +114,8 @@ class AdamMini(AdamLike):
         half: see DeviceOptimizer.
     """
 
+    divide = staticmethod(divide_mini)
+
     def __init__(
         self,
         params: Params,
@@ -152,7 +156,14 @@ class AdamMini(AdamLike):
         names = group.get("param_names") or [""] * len(group["params"])
         named = zip(names, group["params"], strict=True)
         heads = (group["num_heads"], group["num_kv_heads"])
-        return partition_parameters(named, *heads, rules=self._rules, warn=warn)
+        given = group.get("segments")  # of parts of parameters
+        parts = partition_parameters(named, *heads, rules=self._rules, warn=warn and given is None)
+        if given is None:
+            return parts
+        pairs = zip(parts, given, strict=True)
+        return Partition(
+            replace(part, segments=tuple(Segment(*s) for s in some)) for part, some in pairs
+        )
 
     def segments(self, p: Tensor) -> tuple[Segment, ...]:
         """The blocks of a parameter of this optimizer."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
     from optim.base import DeviceOptimizer
+    from optim.cuts import Divide
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,11 @@ class OptimizerConfig(BaseModel):
         False, description="spread its state over the ranks (ZeRO-1); one rank: no difference"
     )
     elementwise: ClassVar[bool] = False  # see DeviceOptimizer
+
+    @property
+    def divide(self) -> Divide | None:
+        """Where a sharded one may cut parameters, if not anywhere (see ShardedOptimizer)."""
+        return None
 
     def build(
         self, named_parameters: Sequence[tuple[str, Parameter]], lr: float
@@ -136,6 +142,13 @@ class MuonConfig(OptimizerConfig):
 
         return Muon(named_parameters, lr, **self.model_dump(exclude=_OURS))
 
+    @property
+    def divide(self) -> Divide:
+        """Between the matrices of a fused parameter."""
+        from optim.muon import Muon
+
+        return lambda named, group: Muon.divide(named, {**self.model_dump(), **group})
+
 
 class AdamMiniConfig(OptimizerConfig):
     """AdamW with one second moment per block of a parameter (head, neuron, token, tensor)."""
@@ -174,6 +187,13 @@ class AdamMiniConfig(OptimizerConfig):
         if self.print_partition:
             logger.info("blocks of Adam-mini:\n%s", optimizer.partition)
         return optimizer
+
+    @property
+    def divide(self) -> Divide:
+        """Between blocks."""
+        from optim.adam_mini import AdamMini
+
+        return lambda named, group: AdamMini.divide(named, {**self.model_dump(), **group})
 
 
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {

@@ -16,11 +16,9 @@ from optim.adam_atan2 import adam_atan2_update
 from optim.adam_like import AdamLike, Bucket, Plan, same_order
 from optim.adamw import adamw_update
 from optim.base import Fused, Half, Params, work_dtype, write_gated
+from optim.divide import divide_muon, matrices_in
 from optim.muon_rule import Scaling, update_scale
 from optim.orthogonal import COEFFICIENTS, Coefficients, iterations, newton_schulz
-from optim.partition import partition_parameters
-
-_TO_ADAM = ("vector", "embedding", "head")
 
 
 class Muon(AdamLike):
@@ -50,6 +48,8 @@ class Muon(AdamLike):
         fused: of the rest, see DeviceOptimizer.
         half: see DeviceOptimizer.
     """
+
+    divide = staticmethod(divide_muon)
 
     def __init__(
         self,
@@ -96,18 +96,16 @@ class Muon(AdamLike):
         items = param_group["params"]
         items = [items] if isinstance(items, Tensor) else list(items)
         named = [item if isinstance(item, tuple) else ("", item) for item in items]
-        split = param_group.get("split_fused", self.defaults["split_fused"])
         groups: dict[str, list[Any]] = {}
         pieces: list[int] = []
         # What is no tensor, or appears twice, is named by the check of the base class.
         sound = all(isinstance(p, Tensor) for _, p in named)
         sound = sound and len({id(p) for _, p in named}) == len(named)
-        parts = partition_parameters(named, warn=False) if sound else []
-        for item, part in zip(items, parts, strict=False):
-            muon = part.role not in _TO_ADAM and part.param.ndim == 2
-            groups.setdefault("muon" if muon else "adam", []).append(item)
-            if muon:
-                pieces.append(part.pieces if split else 1)
+        found = matrices_in(named, {**self.defaults, **param_group}) if sound else []
+        for item, number in zip(items, found, strict=False):
+            groups.setdefault("muon" if number else "adam", []).append(item)
+            if number:
+                pieces.append(number)
         before = len(self.param_groups)
         try:
             for kind, some in (groups or {"adam": items}).items():

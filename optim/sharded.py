@@ -8,7 +8,7 @@ reduced to the ranks that need them, the share is updated, parameters are gather
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,20 +16,12 @@ from torch import Tensor
 
 from optim.base import DeviceOptimizer, Params
 from optim.clip import clip_scale
-from optim.shards import Bucket, by_kind, chunks, cut_anywhere, whole_tensors
+from optim.cuts import Cuts, Divide
+from optim.shards import Bucket, Piece, by_kind, chunks, cut_anywhere, cut_between
 
 # torch 2.13 gives them new names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class Piece(NamedTuple):
-    """A part of an optimizer's state that this rank keeps."""
-
-    param: Tensor  # whose state it is
-    moment: str
-    tensor: Tensor  # this rank's part, in place
-    start: int | None  # its first element in the flattened moment; None: the whole
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -45,8 +37,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         cls: an optimizer's class, or what makes one of (name, tensor) pairs or groups, `options`.
         group: of processes; None: all.
         cut: whether a tensor may be cut anywhere: every element is updated on its own, as in
-            AdamW. Else whole tensors go to ranks, the largest first to the emptiest. None: as
-            `cls.elementwise` says, else not cut, which is right for any optimizer.
+            AdamW. Else tensors go to ranks whole, or in such parts as `divide` allows, so that
+            the fullest rank has as little as can be. None: as `cls.elementwise` says, else not
+            cut, which is right for any optimizer.
+        divide: where parameters, given as (name, tensor) pairs with the options of their group, may
+            be cut. None: as `cls.divide` says, else nowhere.
         mean: average the gradients (as DistributedDataParallel does), else add them up.
         options: for `cls`.
 
@@ -61,6 +56,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         *,
         group: dist.ProcessGroup | None = None,
         cut: bool | None = None,
+        divide: Divide | None = None,
         mean: bool = False,
         **options: Any,
     ) -> None:
@@ -70,6 +66,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.group, self.mean = group, mean
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.cut = getattr(cls, "elementwise", False) if cut is None else cut
+        self._divide = getattr(cls, "divide", None) if divide is None else divide
+        self._unshared = {"params", "param_names"}  # what groups of shares have to themselves
         self._works: list[list[dist.Work]] = []  # of each bucket that is being reduced
         self._gathering: list[dist.Work] = []  # the parameters of a step
         self._armed = self._reduced = False
@@ -79,7 +77,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._numbers:
             self.inner = cls([shares[i] for i in self._numbers], **options)
         for group, own in self._pairs():
-            group |= {k: v for k, v in own.items() if k not in (*group, "params", "param_names")}
+            group |= {k: v for k, v in own.items() if k not in self._unshared | group.keys()}
         self._passed = [g.get("lr") for g in self.param_groups]
         self._missing = [len(b.members) for b in self._buckets]
 
@@ -94,18 +92,32 @@ class ShardedOptimizer(torch.optim.Optimizer):
         names = group.get("param_names") or [""] * len(group["params"])
         named = dict(zip(map(id, group["params"]), names, strict=True))
         local: list[tuple[str, Tensor]] = []
+        options: list[dict[str, Any]] = []
         for members in by_kind(group["params"]):
             if self.cut:  # the last ones first: their gradients are there first
                 found = [cut_anywhere(c, self.rank, self.world) for c in chunks(members[::-1])]
             else:
-                found = [whole_tensors(members, self.rank, self.world, loads)]
+                cuts = self._cuts([(named[id(p)], p) for p in members], group)
+                found = [cut_between(members, cuts, self.rank, loads)]
             for bucket in found:
                 self._add(bucket)
-                for part, member in bucket.local:
-                    local.append(("" if member is None else named[id(member)], part))
+                for part in bucket.local:
+                    if part.index is None:
+                        local.append(("", part.tensor))
+                        continue
+                    local.append((named[id(bucket.members[part.index])], part.tensor))
+                    options.append(bucket.cuts[part.index].options(part.start, part.stop))
         named_all = all(name for name, _ in local)
-        own = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        keys = {key for some in options for key in some}
+        self._unshared |= keys
+        own = {k: v for k, v in group.items() if k not in self._unshared}
+        own |= {key: [some[key] for some in options] for key in keys}
         return {**own, "params": local if named_all else [part for _, part in local]}
+
+    def _cuts(self, named: list[tuple[str, Tensor]], group: dict[str, Any]) -> list[Cuts]:
+        if self._divide is None:
+            return [Cuts()] * len(named)
+        return self._divide(named, {k: v for k, v in group.items() if k != "params"})
 
     def _add(self, bucket: Bucket) -> None:
         number = len(self._buckets)
@@ -133,8 +145,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         bucket = self._buckets[len(self._works)]
         for index in range(len(bucket.members)):
             bucket.mend(index)
-        if self.cut:
-            works = [_reduce_scatter(bucket.mine, bucket.grads, group=self.group, async_op=True)]
+        if bucket.cuts is None:
+            works = [_reduce_scatter(bucket.mine[0], bucket.grads, group=self.group, async_op=True)]
         else:
             works = self._with_owners(bucket, bucket.grads, dist.reduce)
         self._works.append(works)
@@ -142,12 +154,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _with_owners(
         self, bucket: Bucket, flat: Tensor, collective: Callable[..., dist.Work]
     ) -> list[dist.Work]:
-        """Reduce every rank's region to it, or broadcast it from there."""
+        """Reduce every rank's runs to it, or broadcast them from there."""
         works = []
-        for rank, part in enumerate(flat.split(bucket.regions)):
-            if part.numel():
-                root = rank if self.group is None else dist.get_global_rank(self.group, rank)
-                works.append(collective(part, root, group=self.group, async_op=True))
+        for rank, start, stop in bucket.runs:
+            root = rank if self.group is None else dist.get_global_rank(self.group, rank)
+            works.append(collective(flat[start:stop], root, group=self.group, async_op=True))
         return works
 
     def finish(self) -> None:
@@ -158,8 +169,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for works, bucket in zip(self._works, self._buckets, strict=True):
             for work in works:
                 work.wait()
-            if self.mean:
-                bucket.mine.div_(self.world)
+            for mine in bucket.mine if self.mean else ():
+                mine.div_(self.world)
         self._works = []
 
     def zero(self) -> None:
@@ -177,10 +188,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """The norm of all gradients, and the `grad_scale` that clips it (see `clip_scale`)."""
         if not self._reduced:
             self.finish()
-        wide = torch.promote_types(self._buckets[0].mine.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=self._buckets[0].mine.device)
-        for bucket in self._buckets:
-            total += torch.linalg.vector_norm(bucket.mine, dtype=wide).square()
+        like = self._buckets[0].params
+        wide = torch.promote_types(like.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=like.device)
+        for mine in (mine for bucket in self._buckets for mine in bucket.mine):
+            total += torch.linalg.vector_norm(mine, dtype=wide).square()
         dist.all_reduce(total, group=self.group)
         norm = total.sqrt()
         return norm, clip_scale(norm, max_norm)
@@ -218,8 +230,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._pass_options(self.inner)
             self.inner.step(**settings)
         for b in self._buckets:
-            if self.cut:
-                mine = b.params[b.start(self.rank) : b.start(self.rank + 1)]
+            if b.cuts is None:
+                mine = b.params[b.own[0].start : b.own[0].stop]
                 work = _all_gather(b.params, mine, group=self.group, async_op=True)
                 self._gathering.append(work)
             else:
@@ -238,9 +250,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _pairs(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Groups here and of this rank's share; none where `cls` has groups of its own, as Muon."""
         own = [] if self.inner is None else self.inner.param_groups
-        if len(own) != len(self._numbers):
+        ours = [self.param_groups[i] for i in self._numbers]
+        if [g.get("kind") for g in own] != [g.get("kind") for g in ours]:
             return []
-        return list(zip((self.param_groups[i] for i in self._numbers), own, strict=True))
+        return list(zip(ours, own, strict=True))
 
     def _pass_options(self, inner: torch.optim.Optimizer) -> None:
         """What was changed in the groups here goes to the groups of this rank's share."""
@@ -249,7 +262,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._passed = rates
         pairs = self._pairs()
         for group, own in pairs:
-            for key in own.keys() & group.keys() - {"params", "param_names", "lr"}:
+            for key in own.keys() & group.keys() - self._unshared - {"lr"}:
                 own[key] = group[key]
         if not any(new):  # a step that is captured in a CUDA graph must not be given a number
             return
@@ -276,32 +289,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self.inner is not None:
             self.inner.load_state_dict(state_dict["share"])
             for group, own in self._pairs():
-                group |= {k: v for k, v in own.items() if k not in ("params", "param_names")}
+                group |= {k: v for k, v in own.items() if k not in self._unshared}
             self._passed = [g.get("lr") for g in self.param_groups]
 
     def pieces(self) -> list[Piece]:
         """What this rank keeps, in terms of the parameters that were handed over."""
-        found: list[Piece] = []
         if self.inner is None:
-            return found
-        for bucket in self._buckets:
-            for part, member in bucket.local:
-                for moment, value in self.inner.state[part].items():
-                    if member is not None:
-                        found.append(Piece(member, moment, value, None))
-                    else:
-                        found += self._cut_pieces(bucket, moment, value)
-        return found
-
-    def _cut_pieces(self, bucket: Bucket, moment: str, value: Tensor) -> list[Piece]:
-        low = bucket.start(self.rank)
-        found = []
-        for p, start in zip(bucket.members, bucket.starts, strict=True):
-            if value.ndim == 0:  # a count of steps: of the tensors that begin here
-                if low <= start < low + bucket.regions[self.rank]:
-                    found.append(Piece(p, moment, value, None))
-                continue
-            a, b = max(low, start), min(low + value.numel(), start + p.numel())
-            if a < b:
-                found.append(Piece(p, moment, value[a - low : b - low], a - start))
-        return found
+            return []
+        return [
+            piece
+            for bucket in self._buckets
+            for part in bucket.local
+            for moment, value in self.inner.state[part.tensor].items()
+            for piece in bucket.pieces(part, moment, value)
+        ]

@@ -4,36 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from optim.cuts import ALIGN, Cuts, share_out
+
 T = TypeVar("T", bound=Tensor)  # such as a parameter
 
 _BYTES = 8 << 20  # of a bucket: large enough for the bandwidth, small enough to begin early
-_ALIGN = 256  # bytes between the starts of two tensors, at least what kernels like
+
+
+class Piece(NamedTuple):
+    """A part of an optimizer's state that this rank keeps."""
+
+    param: Tensor  # whose state it is
+    moment: str
+    tensor: Tensor  # this rank's part, in place
+    start: int | None  # its first element in the flattened moment; None: the whole
+    shape: torch.Size  # of the whole moment
+
+
+class Local(NamedTuple):
+    """What one rank updates as one tensor."""
+
+    tensor: Tensor  # a view of the bucket's parameters, with its gradient
+    index: int | None  # the member it is (a part of); None: it runs over several, anywhere
+    start: int  # its first element in that member
+    stop: int
+
+
+class Run(NamedTuple):
+    """Elements of a bucket that one rank has."""
+
+    rank: int
+    start: int
+    stop: int
 
 
 @dataclass
 class Bucket:
-    """Tensors side by side in flat buffers, which consist of a region for each rank, in order."""
+    """Tensors side by side in flat buffers, every element of which belongs to a rank."""
 
     members: list[Tensor]
     starts: list[int]  # first element of each
-    owners: list[int] | None  # the rank that has each; None: they are cut anywhere
-    regions: list[int]  # elements of each rank's; all equal where tensors are cut
-    params: Tensor  # (sum(regions),); the members become views of it
+    cuts: list[Cuts] | None  # where each may be cut; None: anywhere, each rank has one equal run
+    runs: list[Run]  # from the first to the last element
+    params: Tensor  # the members become views of it
     grads: Tensor  # likewise; their gradients become views of it
-    mine: Tensor  # (regions[rank],) sums of the gradients of this rank's region
     rank: int
+    mine: list[Tensor] = field(default_factory=list)  # sums of the gradients of this rank's runs
     slots: list[Tensor] = field(default_factory=list)  # the gradient of each member
-    # what is updated here, views with gradients; each with the member that it is the whole of
-    local: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    local: list[Local] = field(default_factory=list)
 
-    def start(self, rank: int) -> int:
-        """First element of a rank's region."""
-        return sum(self.regions[:rank])
+    @property
+    def own(self) -> list[Run]:
+        """This rank's runs."""
+        return [run for run in self.runs if run.rank == self.rank]
 
     @torch.no_grad()
     def take(self) -> None:
@@ -51,22 +79,30 @@ class Bucket:
             p.data = place.view(p.shape)
             self.slots.append(slot.view(p.shape))
             p.grad = self.slots[-1]
-        self.local = self._local(self.rank)
+        # What is reduced to a rank stays where it is; reduce-scatter wants a place of its own.
+        self.mine = [self.grads[run.start : run.stop] for run in self.own]
+        if self.cuts is None:
+            self.mine = [torch.zeros_like(mine) for mine in self.mine]
+        for run, mine in zip(self.own, self.mine, strict=True):
+            self.local += self._in_run(run, mine)
 
-    def _local(self, rank: int) -> list[tuple[Tensor, Tensor | None]]:
-        low = self.start(rank)
-        if self.owners is None:
-            end = self.starts[-1] + self.members[-1].numel()
-            size = min(self.regions[rank], end - low)
-            places = [(low, size, (size,), None)] if size > 0 else []
-        else:
-            every = zip(self.members, self.starts, self.owners, strict=True)
-            places = [(s, p.numel(), p.shape, p) for p, s, owner in every if owner == rank]
+    def _in_run(self, run: Run, sums: Tensor) -> list[Local]:
+        """What this rank updates in one of its runs."""
+
+        def local(a: int, b: int, shape: Sequence[int], index: int | None, start: int) -> Local:
+            part = self.params[a:b].view(shape)
+            part.grad = sums[a - run.start : b - run.start].view(shape)
+            return Local(part, index, start, start + b - a)
+
+        if self.cuts is None:
+            end = min(run.stop, self.starts[-1] + self.members[-1].numel())
+            size = end - run.start
+            return [local(run.start, end, (size,), None, 0)] if size > 0 else []
         found = []
-        for start, size, shape, member in places:
-            part = self.params[start : start + size].view(shape)
-            part.grad = self.mine[start - low : start - low + size].view(shape)
-            found.append((part, member))
+        for i, (p, start) in enumerate(zip(self.members, self.starts, strict=True)):
+            a, b = max(run.start, start), min(run.stop, start + p.numel())
+            if a < b:
+                found.append(local(a, b, _part_shape(p, a - start, b - start), i, a - start))
         return found
 
     def mend(self, index: int) -> None:
@@ -80,37 +116,69 @@ class Bucket:
             return
         p.grad = slot
 
+    def pieces(self, part: Local, moment: str, value: Tensor) -> list[Piece]:
+        """What `value`, a tensor of the state of `part`, is to the members."""
+        if part.index is not None:
+            return [self._piece(part, moment, value)]
+        low = self.own[0].start
+        found = []
+        for p, start in zip(self.members, self.starts, strict=True):
+            a, b = max(low, start), min(low + part.stop, start + p.numel())
+            if a < b and value.ndim == 0:  # one count of steps, of all that run into this rank's
+                found.append(Piece(p, moment, value, None, value.shape))
+            elif a < b:
+                found.append(Piece(p, moment, value[a - low : b - low], a - start, p.shape))
+        return found
+
+    def _piece(self, part: Local, moment: str, value: Tensor) -> Piece:
+        p, cuts = self.members[part.index], self.cuts[part.index]
+        if value.ndim == 0 or part.tensor.numel() == p.numel():
+            return Piece(p, moment, value, None, value.shape)
+        if value.shape == part.tensor.shape:
+            return Piece(p, moment, value, part.start, p.shape)
+        whole = torch.Size([cuts.block(p.numel())])
+        return Piece(p, moment, value, cuts.block(part.start), whole)
+
+
+def _part_shape(p: Tensor, start: int, stop: int) -> Sequence[int]:
+    """The shape of a part: whole rows where it consists of them, else flat."""
+    if stop - start == p.numel():
+        return p.shape
+    row = p.numel() // p.shape[0]
+    return (-1,) if start % row or stop % row else (-1, *p.shape[1:])
+
 
 def cut_anywhere(members: list[Tensor], rank: int, world: int) -> Bucket:
-    """A bucket of equal regions; a tensor may lie in several."""
+    """A bucket of one run for each rank, equally long; a tensor may lie in several."""
     rooms = [room(p) for p in members]
-    region = _round(-(-sum(rooms) // world), members[0].element_size())
+    size = _round(-(-sum(rooms) // world), members[0].element_size())
     starts = [sum(rooms[:i]) for i in range(len(rooms))]
-    params, grads = _buffers(members[0], region * world)
-    # reduce-scatter wants a place of its own for what it brings
-    mine = torch.zeros_like(grads[:region])
-    return Bucket(members, starts, None, [region] * world, params, grads, mine, rank)
+    runs = [Run(r, r * size, (r + 1) * size) for r in range(world)]
+    return Bucket(members, starts, None, runs, *_buffers(members[0], size * world), rank)
 
 
-def whole_tensors(members: list[Tensor], rank: int, world: int, loads: list[int]) -> Bucket:
-    """A bucket in which each tensor belongs to one rank: the largest first, to the emptiest.
+def cut_between(members: list[Tensor], cuts: list[Cuts], rank: int, loads: list[int]) -> Bucket:
+    """A bucket whose runs end between tensors or where these may be cut.
 
-    `loads` counts what each rank has, over several buckets.
+    `loads` counts the state that each rank has, over several buckets.
     """
-    rooms = [room(p) for p in members]
-    owners = [0] * len(rooms)
-    for i in sorted(range(len(rooms)), key=lambda i: -rooms[i]):
-        owners[i] = min(range(world), key=lambda r: (loads[r], r))
-        loads[owners[i]] += rooms[i]
-    inside, regions = [0] * len(rooms), [0] * world
-    for i, (owner, size) in enumerate(zip(owners, rooms, strict=True)):
-        inside[i] = regions[owner]
-        regions[owner] += size
-    starts = [sum(regions[:o]) + s for o, s in zip(owners, inside, strict=True)]
-    params, grads = _buffers(members[0], sum(regions))
-    low = sum(regions[:rank])
-    mine = grads[low : low + regions[rank]]  # what is reduced to a rank stays where it is
-    return Bucket(members, starts, owners, regions, params, grads, mine, rank)
+    order: list[int] = []
+    starts: list[int] = []
+    runs: list[Run] = []
+    end = 0  # of the members laid out
+    for span in share_out([p.numel() for p in members], cuts, loads):
+        if span.start == 0:
+            order.append(span.index)
+            starts.append(end)
+            end += room(members[span.index])
+        cut = span.stop < members[span.index].numel()
+        stop = starts[-1] + span.stop if cut else end
+        if runs and runs[-1].rank == span.rank:
+            runs[-1] = runs[-1]._replace(stop=stop)
+        else:
+            runs.append(Run(span.rank, runs[-1].stop if runs else 0, stop))
+    ordered = [[some[i] for i in order] for some in (members, cuts)]
+    return Bucket(ordered[0], starts, ordered[1], runs, *_buffers(members[0], end), rank)
 
 
 def by_kind(params: Sequence[T]) -> list[list[T]]:
@@ -140,7 +208,7 @@ def _buffers(like: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _round(elements: int, element_size: int) -> int:
-    step = _ALIGN // element_size
+    step = ALIGN // element_size
     return -(-elements // step) * step
 
 

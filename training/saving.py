@@ -35,7 +35,7 @@ def _join(everyone: list[dict[str, tuple[Tensor, int | None, torch.Size]]]) -> d
                 continue
             if name not in whole:
                 whole[name] = torch.empty(shape, dtype=tensor.dtype)
-            whole[name].view(-1)[start : start + tensor.numel()] = tensor
+            whole[name].view(-1)[start : start + tensor.numel()] = tensor.view(-1)
     return whole
 
 
@@ -100,11 +100,11 @@ class Saver:
                 if name not in copies:
                     copies[name] = _host_buffer(tensor, cuda)
                 copies[name].copy_(tensor.detach(), non_blocking=cuda)
-        for name, (param, _, tensor, start) in state.pieces().items():
+        for name, piece in state.pieces().items():
             if name not in self._pieces:
-                shape = tensor.shape if start is None else param.shape
-                self._pieces[name] = (_host_buffer(tensor, cuda), start, shape)
-            self._pieces[name][0].copy_(tensor, non_blocking=cuda)
+                buffer = _host_buffer(piece.tensor, cuda)
+                self._pieces[name] = (buffer, piece.start, piece.shape)
+            self._pieces[name][0].copy_(piece.tensor, non_blocking=cuda)
 
     # In the thread
 

@@ -18,7 +18,7 @@ from models import ACT, Carry, build_model
 from models.legacy import resize_puzzles
 from optim import EMA, ShardedOptimizer, SparseSignSGD
 from optim.base import DeviceOptimizer
-from optim.sharded import Piece
+from optim.shards import Piece
 from training import packing
 from training.buckets import GradientBuckets
 from training.checkpoint import read_tensors
@@ -111,6 +111,7 @@ class TrainState:
             named,
             config.optim.build,
             cut=config.optim.elementwise,
+            divide=config.optim.divide,
             mean=config.grad_reduce == "mean",
             lr=0.0,
         )
@@ -236,7 +237,7 @@ class TrainState:
             tensors[name] = piece.tensor
             if piece.start is not None and name in saved:
                 stop = piece.start + piece.tensor.numel()
-                saved[name] = saved[name].reshape(-1)[piece.start : stop]
+                saved[name] = saved[name].reshape(-1)[piece.start : stop].view(piece.tensor.shape)
         return tensors, {k: t for k, t in saved.items() if k in tensors}
 
     def _own_sum(self, name: str, saved: Tensor) -> Tensor:

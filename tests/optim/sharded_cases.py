@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import sys
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from optim import AdamATan2, AdamMini, AdamW, Muon, ShardedOptimizer
 
+SIZES = {
+    "tokens": (13, 96), "qkv": (96, 288), "o_proj": (288, 96), "gate_up": (96, 512),
+    "down_proj": (512, 64), "q_head": (64, 7),
+}  # fmt: skip
+OPTIONS = {AdamMini: {"num_heads": 4}}
+
 
 def model() -> nn.Module:
-    """The same on every rank."""
+    """The same on every rank; names tell what is fused."""
     torch.manual_seed(0)
-    sizes = ((13, 200), (200, 96), (96, 160), (160, 7))
-    return nn.Sequential(*(nn.Linear(*size) for size in sizes)).double()
+    layers = OrderedDict((name, nn.Linear(*size)) for name, size in SIZES.items())
+    return nn.Sequential(layers).double()
 
 
 def compare(cls: type, device: torch.device) -> None:
     """Twenty steps of whole batches beside the same steps, rows and state shared out."""
+    options = OPTIONS.get(cls, {})
     rank, world = dist.get_rank(), dist.get_world_size()
     x = torch.randn(8, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x = x.to(device)
     mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
     a, b = model().to(device), model().to(device)
-    whole = cls(a.named_parameters(), lr=1e-3)
-    shared = ShardedOptimizer(b.named_parameters(), cls, lr=1e-3)
+    whole = cls(a.named_parameters(), lr=1e-3, **options)
+    shared = ShardedOptimizer(b.named_parameters(), cls, lr=1e-3, **options)
     for step in range(20):
         a(x).square().sum().backward()
         norm, scale = whole.clip(1.0)
@@ -50,11 +59,35 @@ def compare(cls: type, device: torch.device) -> None:
     everyone = [None] * world
     dist.all_gather_object(everyone, [q.detach().cpu().numpy().tobytes() for q in b.parameters()])
     assert all(other == everyone[0] for other in everyone)
-    full = sum(t.numel() for state in whole.state.values() for t in state.values())
-    kept = sum(piece.tensor.numel() for piece in shared.pieces())
-    largest = max(sum(t.numel() for t in state.values()) for state in whole.state.values())
-    limit = full * (1 / world + 0.02) if shared.cut else max(full / world, largest) * 1.02
-    assert kept <= limit, f"{cls.__name__}: {kept} of {full}, allowed {limit}"
+    check_pieces(whole, shared, dict(zip(b.parameters(), a.parameters(), strict=True)))
+
+
+def check_pieces(
+    whole: torch.optim.Optimizer, shared: ShardedOptimizer, twins: dict[Tensor, Tensor]
+) -> None:
+    """Every tensor of this rank's state is named, all ranks' make up the whole; none has more than
+    its share and 2 %."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cls, pieces = type(whole), shared.pieces()
+    own = [] if shared.inner is None else shared.inner.state.values()
+    storages = {t.untyped_storage().data_ptr() for state in own for t in state.values()}
+    assert storages == {piece.tensor.untyped_storage().data_ptr() for piece in pieces}
+    names = {p: i for i, p in enumerate(twins)}
+    mine = [(names[p.param], p.moment, p.tensor.cpu(), p.start, p.shape) for p in pieces]
+    everyone = [None] * world
+    dist.all_gather_object(everyone, mine)
+    built = {}
+    for number, moment, tensor, start, shape in itertools.chain(*everyone):
+        place = built.setdefault((number, moment), torch.full(shape, torch.nan, dtype=tensor.dtype))
+        first = 0 if start is None else start
+        place.view(-1)[first : first + tensor.numel()] = tensor.view(-1)
+    for (number, moment), tensor in built.items():
+        theirs = whole.state[list(twins.values())[number]].pop(moment).cpu()
+        assert torch.allclose(tensor, theirs, rtol=1e-9, atol=1e-12), (cls.__name__, moment)
+    assert not any(whole.state.values())
+    full = sum(t.numel() for t in built.values())
+    kept = sum(piece.tensor.numel() for piece in pieces)
+    assert kept <= full * (1 / world + 0.02), f"{cls.__name__}: {kept} of {full}"
     print(f"{cls.__name__} rank {rank}: {kept / full:.1%} of the state")
 
 
@@ -68,8 +101,9 @@ def compare_bits(cls: type, device: torch.device) -> None:
     allowed = 1 if cls is AdamATan2 and device.type == "cpu" else 0  # ulp
     rank = dist.get_rank()
     a, b = model().to(device, torch.float32), model().to(device, torch.float32)
-    whole = cls(a.named_parameters(), lr=1e-3)
-    shared = ShardedOptimizer(b.named_parameters(), cls, lr=1e-3)
+    options = OPTIONS.get(cls, {})
+    whole = cls(a.named_parameters(), lr=1e-3, **options)
+    shared = ShardedOptimizer(b.named_parameters(), cls, lr=1e-3, **options)
     generator = torch.Generator().manual_seed(rank)
     for step in range(10):
         for p, q in zip(a.parameters(), b.parameters(), strict=True):

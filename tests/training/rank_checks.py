@@ -62,7 +62,7 @@ def check_round_trip(
 
     As one sitting on one rank, to 1e-9; on `most` throughout, to the bit.
     """
-    device = [text for text in recipe if text.startswith("device=")]
+    given = [text for text in recipe if text.startswith(("device=", "arch.expansion="))]
     run = resolve_run(*recipe, "run_name=whole")
     whole, folder = run.run_dir, run.run_dir.parent
     parts, same, undisturbed = (folder / name for name in ("parts", "same", "undisturbed"))
@@ -74,14 +74,14 @@ def check_round_trip(
         for results in together(most, first, place / "first"):  # told one step later to the others
             assert [r["step"] for r in results] == [5, 7, 12]
         alone.result()
-    go_on = (f"load_checkpoint={parts}", *device)
+    go_on = (f"load_checkpoint={parts}", *given)
     step = 5
     for size in fewer:
         job = ("fit", {"run": resolve_run(*go_on), "stop_in": step + 1})
         results = together(size, [job], place / f"on-{size}")
         step += 1 if size == 1 else 2
         assert [r[0]["step"] for r in results] == [step] * size
-    last = [go_on, (f"load_checkpoint={same}", *device)]
+    last = [go_on, (f"load_checkpoint={same}", *given)]
     together(most, [("fit", {"run": resolve_run(*start)}) for start in last], place / "last")
     assert tensors(newest(undisturbed)) == tensors(newest(same))
     assert metrics(undisturbed) == metrics(same)

@@ -102,11 +102,17 @@ def test_averaged_gradients(resolve_run, worlds):
 
 @pytest.mark.parametrize(
     "settings",
-    [(), ("optim=adamw", "optim.sharded=true"), ("optim=muon", "optim.sharded=true")],
-    ids=["plain", "cut", "whole"],
+    [
+        (),
+        ("optim=adamw", "optim.sharded=true"),
+        ("optim=adamw", "optim.sharded=true", "arch.expansion=8"),
+        ("optim=adam_mini", "optim.sharded=true"),
+        ("optim=muon", "optim.sharded=true"),
+    ],
+    ids=["plain", "cut", "large", "blocks", "matrices"],
 )
 def test_saved_on_some_ranks_resumed_on_others(resolve_run, tmp_path, settings):
-    """From 4 to 2 to 1 and back to 4."""
+    """From 4 to 2 to 1 and back to 4; a large tensor runs over the whole of a rank's share."""
     check_round_trip(resolve_run, tmp_path, (*FIT, *settings), 4, (2, 1))
 
 

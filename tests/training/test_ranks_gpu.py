@@ -73,7 +73,7 @@ def test_rows_of_one_puzzle_on_several_ranks(resolve_run, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [(), ("optim=adamw", "optim.sharded=true"), ("optim=muon", "optim.sharded=true")],
-    ids=["plain", "cut", "whole"],
+    ids=["plain", "cut", "matrices"],
 )
 def test_saved_on_some_ranks_resumed_on_others(resolve_run, tmp_path, settings):
     fewer = (2, 1) if RANKS > 2 else (1,)
