@@ -62,7 +62,7 @@ def check_round_trip(
 
     As one sitting on one rank, to 1e-9; on `most` throughout, to the bit.
     """
-    given = [text for text in recipe if text.startswith(("device=", "arch.expansion="))]
+    given = [text for text in recipe if text.startswith(("device=", "arch."))]
     run = resolve_run(*recipe, "run_name=whole")
     whole, folder = run.run_dir, run.run_dir.parent
     parts, same, undisturbed = (folder / name for name in ("parts", "same", "undisturbed"))

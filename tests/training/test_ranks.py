@@ -105,7 +105,7 @@ def test_averaged_gradients(resolve_run, worlds):
     [
         (),
         ("optim=adamw", "optim.sharded=true"),
-        ("optim=adamw", "optim.sharded=true", "arch.expansion=8"),
+        ("optim=adamw", "optim.sharded=true", "arch.L_layers=1", "arch.expansion=16"),
         ("optim=adam_mini", "optim.sharded=true"),
         ("optim=muon", "optim.sharded=true"),
     ],
