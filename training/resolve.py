@@ -120,9 +120,6 @@ def check(config: RunConfig, world: World) -> None:
             f"arch.chains={config.arch.chains} does not divide the "
             f"{rows // world.size // config.grad_accum} rows of a micro-batch, of global_batch_size"
         )
-    eval_rows = config.eval.batch_size or rows
-    if eval_rows % world.size:
-        raise ConfigError(f"eval.batch_size={eval_rows} is not divisible by the {world.size} ranks")
     if config.freeze_weights and config.arch.prefix_len == 0:
         raise ConfigError(
             "freeze_weights=true leaves nothing to train without puzzle embeddings; "

@@ -19,23 +19,28 @@ if TYPE_CHECKING:
     from training.state import TrainState
 
 logger = logging.getLogger(__name__)
+# of a tensor: bytes, their dtype, the first element they are, the shape of the whole
+Part = tuple[Tensor, torch.dtype, int, torch.Size]
 
 
 def _host_buffer(tensor: Tensor, pinned: bool) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned, device="cpu")
 
 
-def _join(everyone: list[dict[str, tuple[Tensor, int | None, torch.Size]]]) -> dict[str, Tensor]:
-    """Whole tensors of all ranks' pieces: (tensor, first element or None for whole, shape)."""
+def _bytes(tensor: Tensor) -> Tensor:
+    """The same memory; not every dtype can be pickled or indexed."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _join(everyone: list[dict[str, Part]]) -> dict[str, Tensor]:
+    """Whole tensors, of all ranks' parts."""
     whole: dict[str, Tensor] = {}
-    for pieces in everyone:
-        for name, (tensor, start, shape) in pieces.items():
-            if start is None:
-                whole[name] = tensor
-                continue
+    for parts in everyone:
+        for name, (raw, dtype, start, shape) in parts.items():
             if name not in whole:
-                whole[name] = torch.empty(shape, dtype=tensor.dtype)
-            whole[name].view(-1)[start : start + tensor.numel()] = tensor.view(-1)
+                whole[name] = torch.empty(shape, dtype=dtype)
+            first = start * dtype.itemsize
+            _bytes(whole[name])[first : first + len(raw)] = raw
     return whole
 
 
@@ -50,7 +55,7 @@ class Saver:
         self.run_dir, self.ranks, self.keep = run_dir, ranks, keep
         self.saved_step: int | None = None  # the last one on the disk; known on rank 0
         self._copies: dict[str, dict[str, Tensor]] = {}  # the same buffers for every save
-        self._pieces: dict[str, tuple[Tensor, int | None, torch.Size]] = {}
+        self._parts: dict[str, Part] = {}  # of the state of a sharded optimizer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._jobs: list[Future[None]] = []
 
@@ -101,10 +106,11 @@ class Saver:
                     copies[name] = _host_buffer(tensor, cuda)
                 copies[name].copy_(tensor.detach(), non_blocking=cuda)
         for name, piece in state.pieces().items():
-            if name not in self._pieces:
-                buffer = _host_buffer(piece.tensor, cuda)
-                self._pieces[name] = (buffer, piece.start, piece.shape)
-            self._pieces[name][0].copy_(piece.tensor, non_blocking=cuda)
+            raw = _bytes(piece.tensor)
+            if name not in self._parts:
+                place = (piece.tensor.dtype, piece.start or 0, piece.shape)
+                self._parts[name] = (_host_buffer(raw, cuda), *place)
+            self._parts[name][0].copy_(raw, non_blocking=cuda)
 
     # In the thread
 
@@ -123,7 +129,7 @@ class Saver:
                 stem: {n: self.ranks.collect(t) if is_own(stem, n) else t for n, t in some.items()}
                 for stem, some in self._copies.items()
             }
-            everyone = self.ranks.collect_pieces(self._pieces)
+            everyone = self.ranks.collect_pieces(self._parts)
             files["optimizer"] |= _join(everyone)
         if self.ranks.rank > 0:
             return

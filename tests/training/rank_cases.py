@@ -100,6 +100,7 @@ def steps(
             hook.remove()
         loss = ranks.sum(state.sums["lm_loss"].double().clone())
         losses.append(float(loss) / run.config.global_batch_size)
+        state.sums["lm_loss"].zero_()
     graphs = 0 if state.graph is None else len(state.graph.graphs)
     state.graph = None  # NCCL does not end while there is one
     whole = {name: tensor.cpu() for name, tensor in state.model.state_dict().items()}

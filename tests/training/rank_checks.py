@@ -45,7 +45,7 @@ def check_float32(one: Sequence[Result], many: Sequence[Result]) -> None:
     """Within 3 times the spread that permuting the rows gives on one rank (`shuffled`)."""
     straight, *permuted = (r["losses"] for r in one)
     spread = max(abs(a - b) for p in permuted for a, b in zip(p, straight, strict=True))
-    assert 0 < spread < 0.05
+    assert 0 < spread < 0.1
     worst = max(abs(a - b) for a, b in zip(many[0]["losses"], straight, strict=True))
     assert worst <= 3 * spread, f"{worst} beside a spread of {spread}"
     assert len({r["digest"] for r in many}) == 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
 from optim import OPTIMIZERS
+from tests.training.helpers import newest, tensors
 from tests.training.rank_cases import fit, steps, together
 from tests.training.rank_checks import (
     EXACT,
@@ -18,6 +21,7 @@ from tests.training.rank_checks import (
 )
 
 SIZES = (2, 4)
+SHARDED = ("optim.sharded=false", "optim.sharded=true")
 pytestmark = pytest.mark.slow
 
 
@@ -37,8 +41,7 @@ def worlds(tmp_path_factory):
 
 def test_every_optimizer_in_float64(resolve_run, worlds):
     """Losses of 20 steps to 1e-9, parameters of all ranks to the bit, and of one rank to 1e-9."""
-    settings = [(f"optim={name}", f"optim.sharded={sharded}") for name in OPTIMIZERS
-                for sharded in ("false", "true")]  # fmt: skip
+    settings = product([f"optim={name}" for name in OPTIMIZERS], SHARDED)
     jobs = [("steps", {"run": resolve_run(*EXACT, *some)}) for some in settings]
     jobs.append(("steps", {"run": resolve_run(*EXACT, "grad_accum=2")}))
     jobs.append(("steps", {"run": resolve_run(*EXACT, "arch=trm_mlp", "optim=adamw")}))
@@ -62,10 +65,14 @@ def test_three_ranks(resolve_run, tmp_path):
 
 def test_float32_differs_no_more_than_an_order_of_rows(resolve_run, worlds):
     """Within 3 times the spread that permuting the rows gives on one rank."""
-    run = resolve_run("arch.forward_dtype=float32", "max_steps=20", "optim=adamw")
-    alone = [steps(**some) for some in shuffled(run)]
-    for ranks in worlds("float32", [("steps", {"run": run})]).values():
-        check_float32(alone, [results[0] for results in ranks])
+    recipe = ("arch.forward_dtype=float32", "max_steps=20")
+    runs = [[resolve_run(*recipe, f"optim={name}", sharded) for sharded in SHARDED]
+            for name in OPTIMIZERS]  # fmt: skip
+    alone = [[steps(**some) for some in shuffled(plain)] for plain, _ in runs]
+    jobs = [("steps", {"run": run}) for pair in runs for run in pair]
+    for ranks in worlds("float32", jobs).values():
+        for number in range(len(jobs)):
+            check_float32(alone[number // 2], [results[number] for results in ranks])
 
 
 def test_rows_of_one_puzzle_on_several_ranks(resolve_run, worlds):
@@ -116,10 +123,20 @@ def test_saved_on_some_ranks_resumed_on_others(resolve_run, tmp_path, settings):
     check_round_trip(resolve_run, tmp_path, (*FIT, *settings), 4, (2, 1))
 
 
+def test_moments_in_fp8_are_shared_out_and_saved(resolve_run, tmp_path):
+    """A dtype that torch neither pickles nor selects from; resumed on two ranks, to the bit."""
+    recipe = (*FIT, "optim=adam_mini", "optim.state=fp8", "optim.sharded=true")
+    whole, cut = (resolve_run(*recipe, f"run_name={name}") for name in ("whole", "cut"))
+    together(2, [("fit", {"run": whole}), ("fit", {"run": cut, "stop_in": 6})], tmp_path / "first")
+    go_on = resolve_run(f"load_checkpoint={cut.run_dir}")
+    together(2, [("fit", {"run": go_on})], tmp_path / "then")
+    assert tensors(newest(whole.run_dir)) == tensors(newest(cut.run_dir))
+
+
 def test_only_the_first_rank_writes(resolve_run, tmp_path):
     """Nothing in the run folder that one rank alone would not have written."""
-    run = resolve_run(*FIT, "run_name=two", "eval_interval=6")
-    one = resolve_run(*FIT, "run_name=one", "eval_interval=6")
+    recipe = (*FIT, "eval_interval=6", "eval.batch_size=5")  # which two ranks round up
+    run, one = (resolve_run(*recipe, f"run_name={name}") for name in ("two", "one"))
     together(2, [("fit", {"run": run})], tmp_path / "place")
     fit(one)
     names = [sorted(p.relative_to(r.run_dir) for p in r.run_dir.rglob("*")) for r in (run, one)]
