@@ -301,14 +301,13 @@ class Trainer:
 
     def _end(self, signal_name: str | None) -> dict[str, Any]:
         run, state = self.run, self.state
-        finished = state.step >= run.total_steps
-        if finished and self.evaluated_step != state.step:
+        if state.step >= run.total_steps and self.evaluated_step != state.step:
             self._evaluate()
         self._save()
-        self.saver.wait()
+        saved = self.saver.has(state.step)
         summary = {
             "run": str(run.run_dir),
-            "finished": finished,
+            "finished": saved and state.step >= run.total_steps,
             "step": state.step,
             "train_seconds": round(self.seconds, 3),
             "steps_per_second": round(state.step / max(self.seconds, 1e-9), 4),
@@ -316,11 +315,16 @@ class Trainer:
             "sets": {name: r.values() for name, r in self.reports.items()},
         }
         if self.leads:
-            self._conclude(summary, signal_name)
+            self._conclude(summary, signal_name, saved)
+        if not saved:
+            raise TrainingFailed(
+                f"the state after step {state.step} could not be saved (see above); make room, "
+                f"then {command(f'load_checkpoint={run.run_dir}')} goes on from the newest one"
+            )
         return summary
 
-    def _conclude(self, summary: dict[str, Any], signal_name: str | None) -> None:
-        """Leave the result in the run folder, and tell what can be done with it."""
+    def _conclude(self, summary: dict[str, Any], signal_name: str | None, saved: bool) -> None:
+        """Leave the result in the run folder, and tell what can be done with what is saved."""
         run, state, finished = self.run, self.state, summary["finished"]
         write_summary(run.run_dir, summary)
         try:
@@ -329,6 +333,8 @@ class Trainer:
             logger.warning("the curves could not be drawn (%s)", error)
         if self.logger is not None:
             self.logger.close({k: v for k, v in summary.items() if k != "sets"})
+        if not saved:
+            return
         if not finished:
             logger.info("%s: stopped after step %d of %d, everything is saved",
                         signal_name or "stop_at", state.step, run.total_steps)  # fmt: skip

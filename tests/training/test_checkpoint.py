@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from scripts.compare_checkpoints import differences
 from tests.training.helpers import newest, resolved, tensors, train
 from training import checkpoint
-from training.errors import ConfigError
+from training.errors import ConfigError, TrainingFailed
 from training.resume import find_checkpoint
 
 DIMS = {"seq_len": 16, "vocab_size": 6, "num_puzzle_ids": 1}
@@ -115,6 +115,30 @@ def test_a_run_goes_on_where_the_disk_refuses(tiny, monkeypatch, caplog, fail):
     assert "the earlier ones are whole, training goes on" in caplog.text
     assert not list((part / "checkpoints").glob(".*"))
     assert tensors(newest(whole)) == tensors(newest(part))
+
+
+@pytest.mark.parametrize("stop", [(), ("stop_at=8",)], ids=["end", "sitting"])
+def test_an_end_that_cannot_be_saved_is_no_end(tiny, tmp_path, monkeypatch, stop):
+    """The run says so, counts as unfinished, and goes on from its last whole checkpoint."""
+    whole = train(monkeypatch, *tiny("run_name=whole", "checkpoint_interval=5"))
+    real = checkpoint.write
+
+    def write_until_full(run_dir, step, files, index):
+        if step > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(run_dir, step, files, index)
+
+    part = tmp_path / "runs" / "part"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", write_until_full)
+        with pytest.raises(
+            TrainingFailed, match=r"step \d+ could not be saved .* load_checkpoint="
+        ):
+            train(monkeypatch, *tiny("run_name=part", "checkpoint_interval=5", *stop))
+    assert json.loads((part / "summary.json").read_text())["finished"] is False
+    train(monkeypatch, f"load_checkpoint={part}")
+    assert tensors(newest(whole)) == tensors(newest(part))
+    assert json.loads((part / "summary.json").read_text())["finished"] is True
 
 
 def test_a_limit_of_file_size_like_a_full_disk(tmp_path):
