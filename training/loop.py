@@ -317,6 +317,7 @@ class Trainer:
         if self.leads:
             self._conclude(summary, signal_name, saved)
         if not saved:
+            self.ranks.first(None)  # torchrun ends all when one does: the first one is done now
             raise TrainingFailed(
                 f"the state after step {state.step} could not be saved (see above); make room, "
                 f"then {command(f'load_checkpoint={run.run_dir}')} goes on from the newest one"
