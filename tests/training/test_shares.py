@@ -11,7 +11,7 @@ from training.cli import compose_values
 from training.config import RunConfig, validate
 
 # What a rank keeps at most, on 2, 4 and 8: a hundredth above the least that whole matrices allow.
-# Of trm_mlp six equal matrices make up 94 %, so of 4 ranks one has two of them.
+# Of trm_mlp six equal matrices make up 94 %, so of 4 ranks one has two: more than 1/4 + 2 %.
 LEAST = {
     ("trm", "muon"): (0.51, 0.27, 0.155),
     ("trm_mlp", "muon"): (0.51, 0.313, 0.157),
