@@ -18,13 +18,13 @@ X after SEGMENT iterations keeps them below those of the standard form in bfloat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optim.kernels.launcher import Kernel
+from optim.kernels.launcher import Kernel, Repeat, is_current, repeat_all
 from optim.kernels.ns_kernels import symmetric_kernel, symmetric_tma_kernel, update_tma_kernel
 from optim.kernels.ns_table import Block, Path
 
@@ -41,7 +41,7 @@ _symmetric_tma = Kernel(symmetric_tma_kernel)
 _update_tma = Kernel(update_tma_kernel)
 
 
-@lru_cache(maxsize=256)
+@cache  # graphs and kept programs go on reading them
 def tile_order(rows: int, ratio: int, device: torch.device) -> Tensor:
     """Tiles on and below the diagonal, `row << 16 | column`, as the kernels take them.
 
@@ -66,10 +66,12 @@ class Products:
     Args:
         path: from `ns_table`.
         device: of all tensors.
+        keep: whether to note what repeats the launches, in `program`: None if anything cannot be.
     """
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, *, keep: bool = False) -> None:
         self.path, self.device = path, device
+        self.program: list[Repeat] | None = [] if keep else None
         self.programs = 1
         if device.type == "cuda":
             self.programs = torch.cuda.get_device_properties(device).multi_processor_count
@@ -117,7 +119,7 @@ class Products:
         if not self.path.tma:
             arguments = (x, y, out, order, *numbers)
             grid = (order.numel(), products)
-            _symmetric(grid, self.device, arguments, {**flags, **sizes}, **options)
+            self._run(_symmetric, grid, arguments, {**flags, **sizes}, None, **options)
             return
         total = order.numel() * products
         square = (block.bm, block.bm)
@@ -132,7 +134,7 @@ class Products:
         grid = (min(total, self.programs) if block.persistent else total,)
         # sides are multiples of 64, and nothing else is specialized on
         kinds = (x.dtype, out.dtype)
-        _symmetric_tma(grid, self.device, arguments, constants, kinds, **options)
+        self._run(_symmetric_tma, grid, arguments, constants, kinds, **options)
 
     def update(
         self,
@@ -155,6 +157,7 @@ class Products:
         if block is None:
             p = p.view(x.shape[0], p_slot[0], *p.shape[1:])[:, p_slot[1]]
             torch.baddbmm(x, p, x, beta=beta, alpha=alpha, out=out)
+            self.program = None
             return
         size, length = x.shape[1:]
         rows, columns = size // block.bm, -(-length // block.bn)
@@ -172,7 +175,23 @@ class Products:
         options = {"num_warps": block.warps, "num_stages": block.stages}
         grid = (min(total, self.programs) if block.persistent else total,)
         kinds = (x.dtype, out.dtype)
-        _update_tma(grid, self.device, arguments, constants, kinds, **options)
+        self._run(_update_tma, grid, arguments, constants, kinds, **options)
+
+    def _run(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, ...],
+        arguments: Sequence[Any],
+        constants: dict[str, Any],
+        kinds: tuple[Any, ...] | None,
+        **options: Any,
+    ) -> None:
+        """Launch, and note how to do so again."""
+        if self.program is None:
+            kernel(grid, self.device, arguments, constants, kinds, **options)
+            return
+        again = kernel.again(grid, self.device, arguments, constants, kinds, **options)
+        self.program = None if again is None else [*self.program, again]
 
     def _descriptor(self, tensor: Tensor, rows: int, columns: int) -> Any:
         """A tensor descriptor of a batch of matrices as one tall matrix."""
@@ -185,7 +204,28 @@ class Products:
         return self.descriptors[key]
 
 
-def iterate(x: Tensor, out: Tensor, coefficients: Coefficients, path: Path) -> None:
+def working_memory(path: Path, shape: Sequence[int], steps: int) -> int:
+    """Elements of a dtype like X that `iterate` needs besides X and its result.
+
+    Args:
+        path: for this shape.
+        shape: (batch, M, K).
+        steps: iterations.
+    """
+    batch, size, length = shape
+    squares, alone = (5, SEGMENT) if path.gram else (2, 1)
+    return batch * size * (squares * size + (length if steps > alone else 0))
+
+
+# What repeats the launches of an iteration, by everything they depend on, the latest last: buffers
+# that are born again every step come back at few addresses.
+_programs: dict[tuple[Any, ...], list[Repeat]] = {}
+KEPT = 64
+
+
+def iterate(
+    x: Tensor, out: Tensor, coefficients: Coefficients, path: Path, work: Tensor | None = None
+) -> None:
     """Orthogonalize a batch of normalized matrices.
 
     Args:
@@ -194,19 +234,37 @@ def iterate(x: Tensor, out: Tensor, coefficients: Coefficients, path: Path) -> N
         out: (batch, M, K), contiguous, receives the result.
         coefficients: a, b, c of every iteration.
         path: for this shape.
+        work: at least `working_memory` elements of x's dtype; allocated where it is None.
     """
-    products = Products(path, x.device)
-    if path.gram:
-        _gram_form(products, x, out, coefficients)
-    else:
-        _standard_form(products, x, out, coefficients)
+    coefficients, device = tuple(coefficients), x.device
+    if work is None:
+        work = x.new_empty(working_memory(path, x.shape, len(coefficients)))
+    keep = path.tma and is_current(device)
+    if keep:
+        addresses = (x.data_ptr(), out.data_ptr(), work.data_ptr())
+        key = (device.index, addresses, x.shape, path, coefficients)
+        program = _programs.pop(key, None)
+        if program is not None:
+            _programs[key] = program
+            repeat_all(program, device)
+            return
+    products = Products(path, device, keep=keep)
+    form = _gram_form if path.gram else _standard_form
+    form(products, x, out, work, coefficients)
+    if products.program is not None:
+        _programs[key] = products.program
+        if len(_programs) > KEPT:
+            del _programs[next(iter(_programs))]
 
 
-def _standard_form(products: Products, x: Tensor, out: Tensor, coefficients: Coefficients) -> None:
+def _standard_form(
+    products: Products, x: Tensor, out: Tensor, work: Tensor, coefficients: Coefficients
+) -> None:
     path, (batch, size, _) = products.path, x.shape
-    gram, poly = (torch.empty(batch, size, size, dtype=x.dtype, device=x.device) for _ in "GP")
+    square = batch * size * size
+    gram, poly = work[: 2 * square].view(2, batch, size, size)
     # the last of the alternating results shall be `out`
-    other = torch.empty_like(x) if len(coefficients) > 1 else out
+    other = _rest(work, 2 * square, x) if len(coefficients) > 1 else out
     for k, (a, b, c) in enumerate(coefficients):
         target = out if k == len(coefficients) - 1 else other
         products.symmetric(path.outer, x, x, gram, (1.0, 0.0))
@@ -215,10 +273,18 @@ def _standard_form(products: Products, x: Tensor, out: Tensor, coefficients: Coe
         x, other = target, x
 
 
-def _gram_form(products: Products, x: Tensor, out: Tensor, coefficients: Coefficients) -> None:
+def _rest(work: Tensor, start: int, x: Tensor) -> Tensor:
+    """Working memory of the shape of x."""
+    return work[start : start + x.numel()].view(x.shape)
+
+
+def _gram_form(
+    products: Products, x: Tensor, out: Tensor, work: Tensor, coefficients: Coefficients
+) -> None:
     path, (batch, size, _) = products.path, x.shape
-    work = torch.empty(batch * 5, size, size, dtype=x.dtype, device=x.device)
-    other = torch.empty_like(x) if len(coefficients) > SEGMENT else out
+    squares = 5 * batch * size * size
+    other = _rest(work, squares, x) if len(coefficients) > SEGMENT else out
+    work = work[:squares].view(batch * 5, size, size)
     one = 1.0 / GRAM_GAIN  # takes the scale of Z out of a product with it
     for start in range(0, len(coefficients), SEGMENT):
         segment = coefficients[start : start + SEGMENT]

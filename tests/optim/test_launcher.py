@@ -97,6 +97,139 @@ def test_a_profiler_sees_every_launch(fake, monkeypatch):
     assert len(fake.compilations) == 3 and len(fake.runs) == 1
 
 
+class Described:
+    """A tensor descriptor as far as a launch needs it."""
+
+    def __init__(self, base, rows):
+        self.base, self.block_shape = base, [rows, 64]
+
+
+def flat_launcher(final, described):
+    """As Triton 3.6 to 3.8 builds them: arguments of the kernel at the end, one by one."""
+
+    def make(launcher):
+        def inner(*args):
+            values = []
+            for x in args[4:]:
+                values += ["map", x.base.data_ptr()] if isinstance(x, Described) else [x]
+            return launcher(*args[:4], *values)
+
+        return inner
+
+    return make(final) if described else final
+
+
+def nested_launcher(final, described):
+    """As Triton 3.9 does: in a tuple of their own."""
+
+    def make(launcher):
+        def inner(*args):
+            values = []
+            for x in args[-1]:
+                values += ["map", x.base.data_ptr()] if isinstance(x, Described) else [x]
+            return launcher(*args[:-1], values)
+
+        return inner
+
+    return make(final) if described else final
+
+
+class Run:
+    """What stands behind `run` of a compiled kernel."""
+
+    def __init__(self, launch, nested):
+        self.launch, self.nested = launch, nested
+
+    def __call__(self, x, y, z, stream, function, metadata, a, b, c, *values):
+        tail = (values,) if self.nested else values
+        self.launch(x, y, z, stream, *(() if not self.nested else (function,)), *tail)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("described", [False, True])
+def test_a_launch_again_is_the_same_launch(monkeypatch, fake, nested, described):
+    seen = []
+    final = lambda *args: seen.append(args)  # noqa: E731
+    build = nested_launcher if nested else flat_launcher
+    if not described:  # a function of C there
+
+        class Final:
+            __call__ = staticmethod(final)
+
+        final = Final()
+    run = Run(build(final, described), nested)
+
+    class Compiles:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                return SimpleNamespace(function="f", packed_metadata="m", run=run)
+
+            return launch
+
+    x = torch.zeros(64)
+    argument = Described(x, 8) if described else x
+    kernel = Kernel(Compiles())
+    again = kernel.again((2, 3), CUDA, (argument, 5), {"BLOCK": 64}, (x.dtype,), num_warps=4)
+    assert not seen  # neither the first launch nor the look at its arguments
+    again(9)
+    kernel((2, 3), CUDA, (argument, 5), {"BLOCK": 64}, (x.dtype,), num_warps=4)
+    assert seen[0][:3] == (2, 3, 1) and (seen[0][3], seen[1][3]) == (9, 7)
+    assert seen[0][4:] == seen[1][4:] and str(x.data_ptr()) in str(seen[0])
+
+
+def test_a_launch_of_unknown_build_is_not_repeated(fake):
+    kernel = Kernel(fake)  # whose `run` has no `launch`
+    assert kernel.again((2,), CUDA, (torch.zeros(4), 5), {}, num_warps=4) is None
+    assert len(fake.compilations) == 1
+
+
+def test_programs_of_an_iteration_are_found_by_address(monkeypatch):
+    from optim.kernels import ns_launch
+    from optim.kernels.ns_table import hopper_path
+
+    launched, repeated, hooked = [], [], []
+
+    class Notes:
+        def __call__(self, *arguments, **options):
+            launched.append(arguments)
+
+        def again(self, *arguments, **options):
+            launched.append(arguments)
+            number = len(launched)
+            return lambda stream: repeated.append((stream, number))
+
+    for name in ("_symmetric_tma", "_update_tma"):
+        monkeypatch.setattr(ns_launch, name, Notes())
+    monkeypatch.setattr(ns_launch, "_programs", {})
+    monkeypatch.setattr(ns_launch, "KEPT", 3)
+    monkeypatch.setattr(ns_launch, "is_current", lambda device: not hooked)
+    monkeypatch.setattr(
+        ns_launch, "repeat_all", lambda program, device: [launch(7) for launch in program]
+    )
+    coefficients = ((1.0, 2.0, 3.0),) * 5
+    for columns in (128, 640):  # both forms
+        path = hopper_path(2, 128, columns)
+        x, out, other = torch.zeros(3, 2, 128, columns, dtype=path.dtype)
+        need = ns_launch.working_memory(path, x.shape, 5)
+        work, spare = torch.empty(2, need, dtype=path.dtype)
+        launched.clear(), repeated.clear()
+        ns_launch.iterate(x, out, coefficients, path, work)
+        first = len(launched)
+        assert first >= 15 and not repeated
+        ns_launch.iterate(x, out, list(coefficients), path, work)
+        assert len(launched) == first and repeated == [(7, k + 1) for k in range(first)]
+        for target, memory, steps in ((other, work, 5), (out, spare, 5), (out, work, 4)):
+            before = len(launched)
+            ns_launch.iterate(x, target, coefficients[:steps], path, memory)
+            assert len(launched) > before
+        hooked.append(True)
+        before = len(launched)
+        ns_launch.iterate(x, out, coefficients, path, work)
+        assert len(launched) == before + first
+        hooked.clear()
+    assert len(ns_launch._programs) == 3
+
+
 def test_tables_of_addresses_come_back():
     table = TensorTable([3, 5], 4, torch.device("cpu"))
     first = table.addresses((1, 2))
