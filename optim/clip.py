@@ -56,8 +56,8 @@ def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
     Raises:
         ValueError: if `max_norm` is negative or NaN.
     """
-    if not max_norm >= 0:
-        raise ValueError(f"max_norm must be at least 0 (0 switches clipping off), got {max_norm}")
+    if isinstance(max_norm, str) or not max_norm >= 0:
+        raise ValueError(f"max_norm must be at least 0 (0 switches clipping off), got {max_norm!r}")
     if max_norm == 0:
         return torch.ones_like(norm)
     return ((norm + 1e-6) / max_norm).clamp(min=1.0)

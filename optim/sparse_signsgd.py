@@ -113,7 +113,8 @@ class SparseSignSGD(DeviceOptimizer):
         super().add_param_group(param_group)
         for table in self.param_groups[-1]["params"]:
             if table.ndim != 2:
-                self.param_groups.pop()
+                for p in self.param_groups.pop()["params"]:
+                    del self.state[p]
                 self._lr_tensors.pop()
                 raise ValueError(f"a table must have 2 dimensions, got shape {tuple(table.shape)}")
 

@@ -184,7 +184,7 @@ def test_a_launch_of_unknown_build_is_not_repeated(fake):
 
 
 def test_programs_of_an_iteration_are_found_by_address(monkeypatch):
-    from optim.kernels import ns_launch
+    from optim.kernels import ns_launch, ns_products
     from optim.kernels.ns_table import hopper_path
 
     launched, repeated, hooked = [], [], []
@@ -199,7 +199,7 @@ def test_programs_of_an_iteration_are_found_by_address(monkeypatch):
             return lambda stream: repeated.append((stream, number))
 
     for name in ("_symmetric_tma", "_update_tma"):
-        monkeypatch.setattr(ns_launch, name, Notes())
+        monkeypatch.setattr(ns_products, name, Notes())
     monkeypatch.setattr(ns_launch, "_programs", {})
     monkeypatch.setattr(ns_launch, "KEPT", 3)
     monkeypatch.setattr(ns_launch, "is_current", lambda device: not hooked)
