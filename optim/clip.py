@@ -14,7 +14,10 @@ from torch import Tensor
 
 def _gradients(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """The gradients meant: `.grad` of a parameter, if it has one; other tensors themselves."""
-    tensors = [tensors] if isinstance(tensors, Tensor) else tensors
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for t in tensors:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"gradients are clipped of tensors, got {type(t).__name__}")
     found = [t.grad if t.requires_grad and t.is_leaf else t for t in tensors]
     return [g for g in found if g is not None]
 
