@@ -1,6 +1,7 @@
 """Launches after the first: what reaches the compiled kernel, and when Triton is asked again."""
 
 from types import SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
@@ -97,84 +98,51 @@ def test_a_profiler_sees_every_launch(fake, monkeypatch):
     assert len(fake.compilations) == 3 and len(fake.runs) == 1
 
 
-class Described:
-    """A tensor descriptor as far as a launch needs it."""
+class Final:
+    """Triton's launch in C, in its place."""
 
-    def __init__(self, base, rows):
-        self.base, self.block_shape = base, [rows, 64]
+    def __init__(self):
+        self.seen = []
 
-
-def flat_launcher(final, described):
-    """As Triton 3.6 to 3.8 builds them: arguments of the kernel at the end, one by one."""
-
-    def make(launcher):
-        def inner(*args):
-            values = []
-            for x in args[4:]:
-                values += ["map", x.base.data_ptr()] if isinstance(x, Described) else [x]
-            return launcher(*args[:4], *values)
-
-        return inner
-
-    return make(final) if described else final
+    def __call__(self, *arguments):
+        self.seen.append(arguments)
 
 
-def nested_launcher(final, described):
-    """As Triton 3.9 does: in a tuple of their own."""
-
-    def make(launcher):
-        def inner(*args):
-            values = []
-            for x in args[-1]:
-                values += ["map", x.base.data_ptr()] if isinstance(x, Described) else [x]
-            return launcher(*args[:-1], values)
-
-        return inner
-
-    return make(final) if described else final
-
-
-class Run:
-    """What stands behind `run` of a compiled kernel."""
-
-    def __init__(self, launch, nested):
-        self.launch, self.nested = launch, nested
-
-    def __call__(self, x, y, z, stream, function, metadata, a, b, c, *values):
-        tail = (values,) if self.nested else values
-        self.launch(x, y, z, stream, *(() if not self.nested else (function,)), *tail)
-
-
-@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("described", [False, True])
-def test_a_launch_again_is_the_same_launch(monkeypatch, fake, nested, described):
-    seen = []
-    final = lambda *args: seen.append(args)  # noqa: E731
-    build = nested_launcher if nested else flat_launcher
-    if not described:  # a function of C there
+def test_the_launcher_of_the_installed_triton_is_known(monkeypatch, described):
+    """With its own code but for the driver, of which there is none here."""
+    nvidia = pytest.importorskip("triton.backends.nvidia.driver")
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
-        class Final:
-            __call__ = staticmethod(final)
-
-        final = Final()
-    run = Run(build(final, described), nested)
-
-    class Compiles:
-        def __getitem__(self, grid):
-            def launch(*arguments, **options):
-                return SimpleNamespace(function="f", packed_metadata="m", run=run)
-
-            return launch
-
-    x = torch.zeros(64)
-    argument = Described(x, 8) if described else x
-    kernel = Kernel(Compiles())
-    again = kernel.again((2, 3), CUDA, (argument, 5), {"BLOCK": 64}, (x.dtype,), num_warps=4)
-    assert not seen  # neither the first launch nor the look at its arguments
-    again(9)
-    kernel((2, 3), CUDA, (argument, 5), {"BLOCK": 64}, (x.dtype,), num_warps=4)
-    assert seen[0][:3] == (2, 3, 1) and (seen[0][3], seen[1][3]) == (9, 7)
-    assert seen[0][4:] == seen[1][4:] and str(x.data_ptr()) in str(seen[0])
+    encode = lambda address, *rest: ("map", address)  # noqa: E731
+    names = ("fill_tma_descriptor", "fill_tma_descriptor_tiled")  # 3.6, 3.9
+    active = SimpleNamespace(utils=SimpleNamespace(**dict.fromkeys(names, encode)))
+    runtime = SimpleNamespace(driver=SimpleNamespace(active=active))
+    monkeypatch.setattr(nvidia, "triton", SimpleNamespace(runtime=runtime))
+    final = Final()
+    signature = {0: "tensordesc<fp16[64,64]>" if described else "*fp16", 1: "i32"}
+    meta = {"swizzle": 3, "elem_size": 2, "elem_type": 6, "block_size": [64, 64]}
+    launch = nvidia.wrap_handle_tensordesc(
+        final, signature, [{**meta, "fp4_padded": False}] if described else None
+    )
+    run = object.__new__(nvidia.CudaLauncher)
+    sizes = {"global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1}
+    sizes |= {"global_scratch_align": 1, "profile_scratch_align": 1}
+    flags = dict.fromkeys(("launch_cooperative_grid", "launch_pdl", "gsan_enabled"), False)
+    rest = {"arg_annotations": "a", "kernel_signature": b"s", "launch": launch}
+    for name, value in {**sizes, **flags, **rest}.items():
+        setattr(run, name, value)
+    x = torch.zeros(128, 64, dtype=torch.float16)
+    values = [TensorDescriptor.from_tensor(x, [64, 64]) if described else x.data_ptr(), 5]
+    done = SimpleNamespace(run=run, function=3, packed_metadata="m")
+    again = launcher._flattened(done, (3, 2, 1), values)
+    assert again is not None and not final.seen
+    run(3, 2, 1, 77, 3, "m", None, None, None, *values)
+    again(77)
+    assert final.seen[0] == final.seen[1] and str(x.data_ptr()) in str(final.seen[0])
+    kept = ref(x)
+    del x, values
+    assert kept() is None  # no memory is held by what repeats a launch
 
 
 def test_a_launch_of_unknown_build_is_not_repeated(fake):
@@ -243,8 +211,6 @@ def test_tables_of_addresses_come_back():
 
 
 def test_same_objects_are_objects_not_values():
-    from weakref import ref
-
     x, y = torch.zeros(2), torch.zeros(2)
     seen = [ref(x), ref(y)]
     assert same_objects([x, y], seen)
