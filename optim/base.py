@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from optim.checks import check_grad, check_scalar
+from optim.checks import check_grad, check_kept, check_scalar
 from optim.clip import clip_scale, global_grad_norm
 from optim.groups import DeviceState, Fused, Half, Params, work_dtype
 from optim.kernels import available
@@ -156,6 +156,7 @@ class DeviceOptimizer(DeviceState):
         for p in group["params"]:
             if p.grad is not None:
                 check_grad(p, type(self).__name__, sparse_ok=self.accepts_sparse)
+                check_kept(p, self.state[p])
                 buckets.setdefault(p.device, []).append(p)
         return buckets
 

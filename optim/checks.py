@@ -136,6 +136,23 @@ def check_grad(p: Tensor, optimizer: str, *, sparse_ok: bool) -> None:
         raise RuntimeError(f"{what} is on {grad.device}, the parameter on {p.device}")
 
 
+def check_kept(p: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError where `p` is not any more what its state was made for.
+
+    A kernel would read moments on another device, or of another size, by their addresses.
+    """
+    what = f"the parameter of shape {tuple(p.shape)}"
+    hint = "change the model before the optimizer is made"
+    for name, kept in state.items():
+        if kept.device != p.device:
+            raise RuntimeError(f"{what} is on {p.device}, its state on {kept.device}: {hint}")
+        if name in ("exp_avg", "momentum_buffer") and kept.numel() != p.numel():
+            raise RuntimeError(f"{what} has a state of {kept.numel()} elements: {hint}")
+        wide = torch.float64 in (p.dtype, kept.dtype)  # moments are as wide as what they update
+        if name in ("exp_avg_sq", "momentum_buffer") and wide and kept.dtype != p.dtype:
+            raise RuntimeError(f"{what} is {p.dtype}, its state {kept.dtype}: {hint}")
+
+
 def match_state(
     index: int, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Tensor]]:

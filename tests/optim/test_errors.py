@@ -121,3 +121,37 @@ def test_bad_gradients_are_named_before_anything_moves(cls):
     with pytest.raises(RuntimeError, match="is sparse"):
         opt.step()
     assert (first == 1).all()
+
+
+@per_any
+@pytest.mark.parametrize("change", ["dtype", "size", "device"])
+def test_a_model_changed_after_the_optimizer_was_made_is_named(cls, change):
+    """The kernels go by addresses: they would read the old moments wrongly or past their end."""
+    model = torch.nn.Linear(4, 3)
+    named = [("q_proj.weight", model.weight), ("q_proj.bias", model.bias)]
+    opt = cls(named, 0.1, **({"num_heads": 1} if cls is AdamMini else {}))
+    if change == "dtype":
+        model.double()
+    elif change == "size":
+        model.weight.data = torch.ones(5, 4)
+    else:  # as after `model.cuda()`, the other way round
+        kept = opt.state[model.weight]
+        kept.update({name: value.to("meta") for name, value in kept.items()})
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"\(., 4\) .*state.*before the optimizer") as info:
+        opt.step()
+    assert "\n" not in str(info.value)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_model_may_turn_half_after_the_optimizer_was_made():
+    """Moments of float32 are what half precision keeps anyway."""
+    model = torch.nn.Linear(4, 3)
+    opt = AdamATan2(model.parameters(), 0.1)
+    model.bfloat16()
+    model.weight.grad = torch.ones_like(model.weight)
+    before = model.weight.detach().clone()
+    opt.step()
+    assert (model.weight != before).all()
