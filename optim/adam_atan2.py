@@ -16,6 +16,7 @@ from torch import Tensor
 from optim.adam_like import AdamLike
 from optim.base import Fused, Half, Params, work_dtype
 from optim.base import bias_correction as _correction
+from optim.checks import check_number
 
 BiasCorrection = Literal["outside", "inside"]
 
@@ -107,7 +108,7 @@ class AdamATan2(AdamLike):
             params,
             {
                 "lr": lr,
-                "betas": tuple(betas),
+                "betas": betas,
                 "weight_decay": weight_decay,
                 "a": a,
                 "b": b,
@@ -120,8 +121,7 @@ class AdamATan2(AdamLike):
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
         for name in ("a", "b"):
-            if not group[name] > 0.0:
-                raise ValueError(f"{name} must be a number above 0, got {group[name]}")
+            check_number(name, group[name], above=True)
         if group["bias_correction"] not in ("outside", "inside"):
             raise ValueError(
                 f"bias_correction must be 'outside' or 'inside', got {group['bias_correction']!r}"

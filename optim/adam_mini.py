@@ -15,10 +15,10 @@ from torch import Tensor
 
 from optim.adam_like import AdamLike, Bucket, Plan
 from optim.base import Fused, Half, Params, bias_correction, work_dtype, write_gated
-from optim.checks import warn
+from optim.checks import check_count, warn
 from optim.divide import divide_mini
 from optim.moments import block_amax, fp8_missing, fp8_scale, from_fp8, to_fp8
-from optim.partition import Partition, Rule, Segment, partition_parameters
+from optim.partition import Partition, Rule, Segment, check_rules, partition_parameters
 
 State = Literal["fp32", "bf16", "fp8"]
 
@@ -135,7 +135,7 @@ class AdamMini(AdamLike):
         self._warned = False
         defaults = {
             "lr": lr,
-            "betas": tuple(betas),
+            "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "num_heads": num_heads,
@@ -173,9 +173,10 @@ class AdamMini(AdamLike):
         super()._check_options(group)
         if group["state"] not in ("fp32", "bf16", "fp8"):
             raise ValueError(f"state must be 'fp32', 'bf16' or 'fp8', got {group['state']!r}")
+        check_rules(self._rules)
         for name in ("num_heads", "num_kv_heads"):
-            if group[name] is not None and not group[name] >= 1:
-                raise ValueError(f"{name} must be at least 1, got {group[name]}")
+            if group[name] is not None:
+                check_count(name, group[name])
 
     # State
 

@@ -85,7 +85,7 @@ class AdamW(AdamLike):
         fused: Fused | None = None,
         half: Half = "nearest",
     ) -> None:
-        options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         options["half"] = half
         super().__init__(params, options, fused)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from optim.checks import check_grad
+from optim.checks import check_grad, check_kept, check_scalar
 from optim.clip import clip_scale, global_grad_norm
 from optim.groups import DeviceState, Fused, Half, Params, work_dtype
 from optim.kernels import available
@@ -117,6 +117,8 @@ class DeviceOptimizer(DeviceState):
         grad_scale = getattr(self, "grad_scale", None) if grad_scale is None else grad_scale
         found_inf = getattr(self, "found_inf", None) if found_inf is None else found_inf
         # everything is checked before anything changes
+        check_scalar("grad_scale", grad_scale)
+        check_scalar("found_inf", found_inf)
         work = [
             self._ready(i, group) or partial(self._group_step, group, self._buckets(group))
             for i, group in enumerate(self.param_groups)
@@ -154,6 +156,7 @@ class DeviceOptimizer(DeviceState):
         for p in group["params"]:
             if p.grad is not None:
                 check_grad(p, type(self).__name__, sparse_ok=self.accepts_sparse)
+                check_kept(p, self.state[p])
                 buckets.setdefault(p.device, []).append(p)
         return buckets
 

@@ -14,7 +14,10 @@ from torch import Tensor
 
 def _gradients(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """The gradients meant: `.grad` of a parameter, if it has one; other tensors themselves."""
-    tensors = [tensors] if isinstance(tensors, Tensor) else tensors
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for t in tensors:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"gradients are clipped of tensors, got {type(t).__name__}")
     found = [t.grad if t.requires_grad and t.is_leaf else t for t in tensors]
     return [g for g in found if g is not None]
 
@@ -56,8 +59,8 @@ def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
     Raises:
         ValueError: if `max_norm` is negative or NaN.
     """
-    if not max_norm >= 0:
-        raise ValueError(f"max_norm must be at least 0 (0 switches clipping off), got {max_norm}")
+    if isinstance(max_norm, str) or not max_norm >= 0:
+        raise ValueError(f"max_norm must be at least 0 (0 switches clipping off), got {max_norm!r}")
     if max_norm == 0:
         return torch.ones_like(norm)
     return ((norm + 1e-6) / max_norm).clamp(min=1.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from optim.base import DeviceOptimizer
 
-Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+Parameters = Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 
 def ema_update(shadow: Tensor, param: Tensor, rate: float) -> Tensor:
@@ -47,12 +47,14 @@ class EMA:
     ) -> None:
         if not isinstance(rate, Real) or not 0.0 <= rate <= 1.0:
             raise ValueError(f"EMA rate must be in [0, 1], got {rate!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"EMA needs a floating-point dtype, got {dtype}")
         self.rate = rate
         self.params: dict[str, Tensor] = {}
         self.shadow: dict[str, Tensor] = {}
         self._applied = False
         self._moved: set[str] = set()  # by a fused optimizer step since the last update
-        for i, item in enumerate(params):
+        for i, item in enumerate([params] if isinstance(params, Tensor) else params):
             name, param = item if isinstance(item, tuple) else (str(i), item)
             if not isinstance(param, Tensor):
                 raise TypeError(f"EMA takes tensors, got {type(param).__name__}")

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from optim.checks import check_lr, check_options, check_param, match_groups
+from optim.checks import (
+    check_lr,
+    check_names,
+    check_options,
+    check_param,
+    match_groups,
+    options_of,
+    pair,
+)
 
 Fused = Literal["off", "auto", "on"]
 Half = Literal["nearest", "stochastic", "master"]
@@ -36,6 +44,7 @@ class DeviceState(torch.optim.Optimizer):
     moments: ClassVar[tuple[str, ...]] = ()
     counts_steps: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False  # an update of an element looks at no other
+    own_options: ClassVar[tuple[str, ...]] = ()  # of a group, beside the defaults
     fused: Fused = "auto"
 
     def __init__(
@@ -45,11 +54,16 @@ class DeviceState(torch.optim.Optimizer):
             raise ValueError(f"fused must be 'off', 'auto' or 'on', got {fused!r}")
         self.fused = type(self).fused if fused is None else fused
         self._lr_tensors: list[Tensor] = []
+        if "betas" in defaults:
+            defaults = {**defaults, "betas": pair(defaults["betas"])}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group (see torch.optim.Optimizer), with its state; on an error nothing is added."""
+        if not isinstance(param_group, Mapping) or "params" not in param_group:
+            raise TypeError("a parameter group must be a dictionary with the key 'params'")
         group = dict(param_group)
+        check_names(group, (*self.defaults, *self.own_options), type(self).__name__)
         params = group["params"]
         if not isinstance(params, (Tensor, set)):
             params = list(params)
@@ -60,6 +74,8 @@ class DeviceState(torch.optim.Optimizer):
         if len(set(names)) != len(names):
             raise ValueError("a parameter appears twice in one parameter group")
         self._check_options({**self.defaults, **group})
+        if "betas" in group:
+            group["betas"] = pair(group["betas"])
         _unwrapped("add_param_group")(self, group)
         group = self.param_groups[-1]
         self._lr_tensors.append(self._own_lr(group))
@@ -102,9 +118,9 @@ class DeviceState(torch.optim.Optimizer):
     @staticmethod
     @torch.no_grad()
     def _write_lr(own: Tensor, value: float | Tensor) -> Tensor:
+        check_lr(value)
         if isinstance(value, Tensor):
             return own.copy_(value.detach().reshape(()), non_blocking=True)
-        check_lr(value)
         return own.fill_(value)
 
     def set_lr(self, value: float | Tensor) -> None:
@@ -144,13 +160,12 @@ class DeviceState(torch.optim.Optimizer):
         Raises:
             ValueError: if groups, names or shapes differ; then nothing has been loaded.
         """
-        saved = dict(state_dict)
+        saved = dict(state_dict) if isinstance(state_dict, Mapping) else {}
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             saved = hook(self, saved) or saved
-        groups = saved["param_groups"]
         copies = match_groups(saved, self.param_groups, self.state, self._check_options)
-        for theirs, ours in zip(groups, self.param_groups, strict=True):
-            ours.update(deepcopy({k: v for k, v in theirs.items() if k != "params"}))
+        for theirs, ours in zip(saved["param_groups"], self.param_groups, strict=True):
+            ours.update(deepcopy(options_of(theirs, ours)))
             if "betas" in ours:  # JSON has no tuples
                 ours["betas"] = tuple(ours["betas"])
         with torch.no_grad():

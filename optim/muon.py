@@ -7,6 +7,7 @@ arXiv:2502.16982.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,8 +17,9 @@ from optim.adam_atan2 import adam_atan2_update
 from optim.adam_like import AdamLike, Bucket, Plan, same_order
 from optim.adamw import adamw_update
 from optim.base import Fused, Half, Params, work_dtype, write_gated
+from optim.checks import check_count, check_number
 from optim.divide import divide_muon, matrices_in
-from optim.muon_rule import Scaling, update_scale
+from optim.muon_rule import Scaling, check_pieces, update_scale
 from optim.orthogonal import COEFFICIENTS, Coefficients, iterations, newton_schulz
 
 
@@ -82,14 +84,18 @@ class Muon(AdamLike):
             "adam": adam,
             "adam_lr_scale": adam_lr_scale,
             "adam_weight_decay": adam_weight_decay,
-            "betas": tuple(betas),
+            "betas": betas,
             "eps": eps,
             "half": half,
         }
         super().__init__(params, defaults, fused)
 
+    own_options = ("kind", "pieces")
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, split into a group of each `kind`, with the `pieces` of each matrix."""
+        if not isinstance(param_group, Mapping) or "params" not in param_group:
+            super().add_param_group(param_group)  # which refuses it
         if "kind" in param_group:
             super().add_param_group({"pieces": None, **param_group})
             return
@@ -130,35 +136,12 @@ class Muon(AdamLike):
         for name, allowed in choices.items():
             if group[name] not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")
-        self._check_pieces(group)
-        if not 0.0 <= group["momentum"] < 1.0:
-            raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
-        if group["ns_steps"] < 1:
-            raise ValueError(f"ns_steps must be at least 1, got {group['ns_steps']}")
-        if not group["adam_lr_scale"] >= 0.0:
-            raise ValueError(f"adam_lr_scale must be at least 0, got {group['adam_lr_scale']}")
-        decay = group.get("adam_weight_decay")  # older checkpoints have none
-        if decay is not None and not decay >= 0.0:
-            raise ValueError(f"adam_weight_decay must be at least 0, got {decay}")
-
-    @staticmethod
-    def _check_pieces(group: dict[str, Any]) -> None:
-        """Raise ValueError unless there is a fitting number of pieces for every matrix."""
-        if group["kind"] != "muon" or group["pieces"] is None:
-            return
-        params = group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        params = [p[1] if isinstance(p, tuple) else p for p in params]
-        if len(group["pieces"]) != len(params):
-            raise ValueError(
-                f"pieces must give one number per parameter, got {len(group['pieces'])} for "
-                f"{len(params)} parameters"
-            )
-        for p, n in zip(params, group["pieces"], strict=True):
-            # a saved state has numbers in place of its parameters
-            if n < 1 or (isinstance(p, Tensor) and p.shape[0] % n):
-                shape = tuple(p.shape) if isinstance(p, Tensor) else "that was saved"
-                raise ValueError(f"a matrix {shape} has no {n} equal pieces")
+        check_pieces(group)
+        check_number("momentum", group["momentum"], below=1.0)
+        check_number("adam_lr_scale", group["adam_lr_scale"])
+        if group.get("adam_weight_decay") is not None:  # older checkpoints do not have it
+            check_number("adam_weight_decay", group["adam_weight_decay"])
+        check_count("ns_steps", group["ns_steps"])
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["kind"] == "muon" else self.moments

@@ -1,9 +1,10 @@
-"""Muon's rule as a pure function of one matrix."""
+"""Muon's rule as a pure function of one matrix, and the pieces of one that holds several."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -69,3 +70,22 @@ def muon_update(
     size = lr * update_scale(*u.shape[1:], scaling)
     p = p * (1.0 - lr * weight_decay) - size * o.to(dtype).reshape(param.shape)
     return p.to(param.dtype), m
+
+
+def check_pieces(group: Mapping[str, Any]) -> None:
+    """Raise ValueError unless there is a fitting number of pieces for every matrix of a group."""
+    if group["kind"] != "muon" or group["pieces"] is None:
+        return
+    params = group["params"]
+    params = [params] if isinstance(params, Tensor) else list(params)
+    params = [p[1] if isinstance(p, tuple) else p for p in params]
+    if len(group["pieces"]) != len(params):
+        raise ValueError(
+            f"pieces must give one number per parameter, got {len(group['pieces'])} for "
+            f"{len(params)} parameters"
+        )
+    for p, n in zip(params, group["pieces"], strict=True):
+        # a saved state has numbers in place of its parameters
+        if n < 1 or (isinstance(p, Tensor) and p.shape[0] % n):
+            shape = tuple(p.shape) if isinstance(p, Tensor) else "that was saved"
+            raise ValueError(f"a matrix {shape} has no {n} equal pieces")

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from optim.checks import check_count
 from optim.kernels import available
 
 Coefficients = Literal["quintic", "polar_express"]
@@ -107,13 +108,14 @@ def _check(
     """Raise for arguments of `newton_schulz` that it cannot mean."""
     if not isinstance(matrix, Tensor):
         raise TypeError(f"newton_schulz takes a tensor, got {type(matrix).__name__}")
+    if matrix.layout != torch.strided:
+        raise ValueError(f"a matrix must be dense, got layout {matrix.layout}")
     if matrix.ndim < 2:
         raise ValueError(f"a matrix has at least 2 dimensions, got shape {tuple(matrix.shape)}")
     for what, kind in (("the matrix", matrix.dtype), ("dtype", dtype or matrix.dtype)):
         if not kind.is_floating_point:
             raise ValueError(f"{what} must be of real floating-point numbers, got {kind}")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+    check_count("steps", steps)
     if coefficients not in COEFFICIENTS:
         names = tuple(COEFFICIENTS)
         raise ValueError(f"coefficients must be one of {names}, got {coefficients!r}")

@@ -14,6 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from optim.checks import check_count
 from optim.checks import warn as raise_warning
 
 Rule = tuple[str, str, bool]
@@ -155,13 +156,19 @@ def partition_parameters(
             and keys that cannot be cut into heads; such a parameter is one block.
 
     Raises:
-        ValueError: if a parameter comes twice, or a rule has not the form of `RULES`.
-        TypeError: for a name that is not a string.
+        ValueError: if a parameter comes twice, heads cannot be counted, or a rule has not the form
+            of `RULES`.
+        TypeError: for anything but pairs of a name and a tensor.
     """
-    for rule in rules:
-        _check_rule(rule)
+    for option, heads in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if heads is not None:
+            check_count(option, heads)
+    check_rules(rules)
     parts, unknown, headless = Partition(), [], []
-    for name, p in named_parameters:
+    for item in named_parameters:
+        if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[1], Tensor)):
+            raise TypeError(f"needed are (name, tensor) pairs, got {type(item).__name__}")
+        name, p = item
         if not isinstance(name, str):
             raise TypeError(f"the name of a parameter must be a string, got {name!r}")
         role = role_of(name, p, (*rules, *RULES))
@@ -189,8 +196,13 @@ def partition_parameters(
     return parts
 
 
+def check_rules(rules: Sequence[Rule]) -> None:
+    """Raise ValueError for a rule that is not a role, a regular expression and a truth value."""
+    for rule in rules:
+        _check_rule(rule)
+
+
 def _check_rule(rule: Rule) -> None:
-    """Raise ValueError unless `rule` is a role, a regular expression and a truth value."""
     if not isinstance(rule, (tuple, list)) or len(rule) != 3:
         raise ValueError(f"a rule must be (role, pattern, anywhere), got {rule!r}")
     role, pattern, _ = rule

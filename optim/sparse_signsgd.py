@@ -113,7 +113,8 @@ class SparseSignSGD(DeviceOptimizer):
         super().add_param_group(param_group)
         for table in self.param_groups[-1]["params"]:
             if table.ndim != 2:
-                self.param_groups.pop()
+                for p in self.param_groups.pop()["params"]:
+                    del self.state[p]
                 self._lr_tensors.pop()
                 raise ValueError(f"a table must have 2 dimensions, got shape {tuple(table.shape)}")
 
@@ -129,6 +130,9 @@ class SparseSignSGD(DeviceOptimizer):
             ValueError: for a foreign table, wrong dtypes or shapes, and (on the CPU, where looking
                 costs nothing) for an id outside the table.
         """
+        for name, given in (("table", table), ("ids", ids), ("row_grads", row_grads)):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
         if not any(table is t for g in self.param_groups for t in g["params"]):
             raise ValueError(f"no table of shape {tuple(table.shape)} belongs to this optimizer")
         if ids.dtype not in (torch.int32, torch.int64):

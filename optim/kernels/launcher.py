@@ -6,14 +6,18 @@ long as the launch. It is gone once; then the compiled kernel is called with add
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import lru_cache
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
+
+Repeat = Callable[[int], Any]  # of a stream's address
 
 
 class Launcher:
@@ -111,16 +115,43 @@ class Kernel:
         constants: Mapping[str, Any],
         kinds: tuple[Any, ...] | None,
         options: Mapping[str, Any],
-    ) -> None:
+    ) -> Any:
         if kinds is None:
             kinds = tuple([_kind(x) for x in arguments])
         key = (device.index, kinds, *constants.values(), *options.values())
         done = self.compiled.get(key)
         if done is None or _hooked():
-            self.compiled[key] = self.kernel[grid](*arguments, **constants, **options)
-            return
-        values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-        _run(done, (*grid, 1, 1)[:3], device, [*values, *constants.values()])
+            done = self.compiled[key] = self.kernel[grid](*arguments, **constants, **options)
+        else:
+            _run(done, (*grid, 1, 1)[:3], device, _values(arguments, constants))
+        return done
+
+    def again(
+        self,
+        grid: tuple[int, ...],
+        device: torch.device,
+        arguments: Sequence[Any],
+        constants: Mapping[str, Any],
+        kinds: tuple[Any, ...] | None = None,
+        **options: Any,
+    ) -> Repeat | None:
+        """Launch on CUDA's current device; see `__call__`.
+
+        Returns:
+            What launches the same on a stream, addresses included, without any of the work before
+            it, the encoding of tensor descriptors above all. None where Triton's launcher is not
+            built as known here. It keeps no tensor alive.
+        """
+        done = self._launch(grid, device, arguments, constants, kinds, options)
+        return _flattened(done, (*grid, 1, 1)[:3], _values(arguments, constants))
+
+
+def _values(arguments: Sequence[Any], constants: Mapping[str, Any]) -> list[Any]:
+    """What the compiled kernel is called with."""
+    return [
+        *[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments],
+        *constants.values(),
+    ]
 
 
 def _kind(x: Any) -> Any:
@@ -136,6 +167,53 @@ def _run(done: Any, grid: tuple[int, ...], device: torch.device, values: list[An
     """What `JITFunction.run` does in the end."""
     stream = driver.active.get_current_stream(device.index)
     done.run(*grid, stream, done.function, done.packed_metadata, None, None, None, *values)
+
+
+def _flattened(done: Any, grid: tuple[int, ...], values: list[Any]) -> Repeat | None:
+    """Triton's own launch in C with the arguments that `done.run` would hand to it.
+
+    `done.run` turns descriptors into what the driver wants and passes all on to a function of C,
+    the variable `launcher` of a closure where there are descriptors. A copy that passes them on to
+    a list instead shows what they are.
+    """
+    given: list[Any] = []
+    seen = lambda *arguments: given.extend(arguments)  # noqa: E731
+    try:
+        run, launch = copy(done.run), done.run.launch
+        if isinstance(launch, FunctionType):
+            place = launch.__code__.co_freevars.index("launcher")
+            cells = list(launch.__closure__)
+            final, cells[place] = cells[place].cell_contents, CellType(seen)
+            code = (launch.__code__, launch.__globals__, None, launch.__defaults__, tuple(cells))
+            run.launch = FunctionType(*code)
+        else:
+            final, run.launch = launch, seen
+        mark = 1 << 40  # no stream's address: it must come back as the fourth
+        run(*grid, mark, done.function, done.packed_metadata, None, None, None, *values)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    if given[:4] != [*grid, mark] or any(isinstance(x, Tensor) for x in _leaves(given)):
+        return None
+    head, tail = given[:3], given[4:]
+    return lambda stream: final(*head, stream, *tail)
+
+
+def _leaves(values: Sequence[Any]) -> Iterator[Any]:
+    for x in values:
+        yield from _leaves(x) if isinstance(x, list | tuple) else (x,)
+
+
+def repeat_all(launches: Sequence[Repeat], device: torch.device) -> None:
+    """Launch everything on the current stream of `device`, which must be CUDA's current one."""
+    stream = driver.active.get_current_stream(device.index)
+    for launch in launches:
+        launch(stream)
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether a launch may be repeated there: on CUDA's current device, with no profiler asking."""
+    here = not _several() or torch.cuda.current_device() == device.index
+    return device.type == "cuda" and here and not _hooked()
 
 
 def _hooked() -> bool:

@@ -17,7 +17,7 @@ from optim.kernels.muon import (
     gather_kernel,
     momentum_kernel,
 )
-from optim.kernels.ns_launch import GAIN, Coefficients, iterate
+from optim.kernels.ns_launch import GAIN, Coefficients, iterate, working_memory
 from optim.kernels.ns_table import Path, path_for
 from optim.kernels.table import TensorTable, addresses_of
 from optim.kernels.tiles import tile_for
@@ -116,7 +116,7 @@ class MuonLaunch:
         shapes = torch.zeros(n, FIELDS, dtype=torch.int32)
         first = torch.tensor([0, *(max(1, -(-k // self.block)) for k in numels)]).cumsum(0)
         self.batches, self.bytes, tiles = [], 0, []
-        each = 4 if self.wide else 2
+        each = self.each = 4 if self.wide else 2
         for key, rows in members.items():
             path = path_for(self.device, len(rows), *key)
             size, length = path.padded(*key)
@@ -162,7 +162,9 @@ class MuonLaunch:
             self._set_pointers(pointers)
         addresses, o, n = self.table.addresses(self.flat), self.options, len(self.pieces)
         scale, found = (lr if t is None else t for t in (grad_scale, found_inf))
-        buffers = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
+        steps = len(o.coefficients)
+        needs = [working_memory(b.path, b.shape, steps) * self.each for b in self.batches]
+        buffers = torch.empty(self.bytes + max(needs), dtype=torch.uint8, device=self.device)
         dtype = DTYPES[self.params[0].dtype]
         has_scale, has_found = grad_scale is not None, found_inf is not None
         common = {"DTYPE": dtype, "ALIGNED": self.aligned}
@@ -190,14 +192,11 @@ class MuonLaunch:
             | {"ALIGNED": self.aligned, "GAIN": GAIN, **tiles},
             num_warps=4,
         )
+        work = buffers[self.bytes :]  # one batch after the other
         for batch in self.batches:
             x = self._view(buffers, batch.x_start, batch, batch.path.dtype)
-            iterate(
-                x,
-                self._view(buffers, batch.out_start, batch, torch.bfloat16),
-                o.coefficients,
-                batch.path,
-            )
+            out = self._view(buffers, batch.out_start, batch, torch.bfloat16)
+            iterate(x, out, o.coefficients, batch.path, work.view(x.dtype))
         _apply(
             grid,
             self.device,

@@ -18,15 +18,13 @@ X after SEGMENT iterations keeps them below those of the standard form in bfloat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from optim.kernels.launcher import Kernel
-from optim.kernels.ns_kernels import symmetric_kernel, symmetric_tma_kernel, update_tma_kernel
-from optim.kernels.ns_table import Block, Path
+from optim.kernels.launcher import Repeat, is_current, repeat_all
+from optim.kernels.ns_products import Products
+from optim.kernels.ns_table import Path
 
 Coefficients = Sequence[tuple[float, float, float]]
 SEGMENT = 3
@@ -36,156 +34,29 @@ GAIN, GRAM_GAIN = 2.0**12, 2.0**10
 # Slots of an input in the workspace of the Gram form.
 G, Q, Y, Q_NEXT, Z = range(5)
 
-_symmetric = Kernel(symmetric_kernel)
-_symmetric_tma = Kernel(symmetric_tma_kernel)
-_update_tma = Kernel(update_tma_kernel)
 
-
-@lru_cache(maxsize=256)
-def tile_order(rows: int, ratio: int, device: torch.device) -> Tensor:
-    """Tiles on and below the diagonal, `row << 16 | column`, as the kernels take them.
-
-    Column by column within groups of 8 rows, so that neighbours in time share operands in the L2.
+def working_memory(path: Path, shape: Sequence[int], steps: int) -> int:
+    """Elements of a dtype like X that `iterate` needs besides X and its result.
 
     Args:
-        rows: tile rows.
-        ratio: width of a tile over its height.
-        device: where the kernel runs.
+        path: for this shape.
+        shape: (batch, M, K).
+        steps: iterations.
     """
-    tiles = []
-    for first in range(0, rows, 8):
-        group = range(first, min(first + 8, rows))
-        for column in range(group[-1] // ratio + 1):
-            tiles += [row << 16 | column for row in group if column * ratio <= row]
-    return torch.tensor(tiles, dtype=torch.int32).to(device)
+    batch, size, length = shape
+    squares, alone = (5, SEGMENT) if path.gram else (2, 1)
+    return batch * size * (squares * size + (length if steps > alone else 0))
 
 
-class Products:
-    """The products of one iteration over a batch, with the blocks of `path`.
-
-    Args:
-        path: from `ns_table`.
-        device: of all tensors.
-    """
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.path, self.device = path, device
-        self.programs = 1
-        if device.type == "cuda":
-            self.programs = torch.cuda.get_device_properties(device).multi_processor_count
-        self.descriptors: dict[tuple[Any, ...], Any] = {}
-
-    def symmetric(
-        self,
-        block: Block,
-        x: Tensor,
-        y: Tensor,
-        out: Tensor,
-        scales: tuple[float, float],
-        *,
-        x_slot: tuple[int, int, int] = (1, 0, 0),
-        y_slot: tuple[int, int] = (1, 0),
-        out_slot: tuple[int, int, int] = (1, 0, 0),
-        pair: int = 1,
-        second: tuple[int, float, float] | None = None,
-    ) -> None:
-        """out = alpha * x yᵀ + beta * x, symmetric, for every input of a batch.
-
-        Args:
-            block: of the kernel.
-            x: (batch * slots, M, K), contiguous; K is M unless beta is 0.
-            y: (batch * slots, M, K).
-            out: (batch * slots, M, M).
-            scales: alpha, beta.
-            x_slot: matrices per input, which one, and how much further the next of a pair is.
-            y_slot: likewise; a pair shares it.
-            out_slot: likewise.
-            pair: products per input.
-            second: slot of `out`, gamma and delta of a second output delta * out + gamma * I.
-        """
-        size, length = x.shape[1:]
-        order = tile_order(size // block.bm, block.bn // block.bm, self.device)
-        products = x.shape[0] // x_slot[0] * pair
-        slot, gamma, delta = second or (0, 0.0, 0.0)
-        numbers = (
-            *(size, length, *scales, gamma, delta),
-            *(*x_slot, *y_slot, *out_slot, slot, pair),
-        )
-        flags = {"HAS_ADD": scales[1] != 0.0, "HAS_SECOND": second is not None}
-        sizes = {"BM": block.bm, "BN": block.bn, "BK": block.bk}
-        options = {"num_warps": block.warps, "num_stages": block.stages}
-        if not self.path.tma:
-            arguments = (x, y, out, order, *numbers)
-            grid = (order.numel(), products)
-            _symmetric(grid, self.device, arguments, {**flags, **sizes}, **options)
-            return
-        total = order.numel() * products
-        square = (block.bm, block.bm)
-        arguments = (
-            self._descriptor(x, block.bm, block.bk),
-            self._descriptor(y, block.bn, block.bk),
-            self._descriptor(x if flags["HAS_ADD"] else out, *square),
-            self._descriptor(out, *square),
-            *(order, order.numel(), *numbers, total),
-        )
-        constants = {**flags, **sizes, "FLATTEN": block.persistent}
-        grid = (min(total, self.programs) if block.persistent else total,)
-        # sides are multiples of 64, and nothing else is specialized on
-        kinds = (x.dtype, out.dtype)
-        _symmetric_tma(grid, self.device, arguments, constants, kinds, **options)
-
-    def update(
-        self,
-        p: Tensor,
-        x: Tensor,
-        out: Tensor,
-        scales: tuple[float, float],
-        p_slot: tuple[int, int] = (1, 0),
-    ) -> None:
-        """out = alpha * p x + beta * x.
-
-        Args:
-            p: (batch * slots, M, M).
-            x: (batch, M, K).
-            out: (batch, M, K), not x.
-            scales: alpha, beta.
-            p_slot: matrices of p per input, and which one.
-        """
-        block, (alpha, beta) = self.path.update, scales
-        if block is None:
-            p = p.view(x.shape[0], p_slot[0], *p.shape[1:])[:, p_slot[1]]
-            torch.baddbmm(x, p, x, beta=beta, alpha=alpha, out=out)
-            return
-        size, length = x.shape[1:]
-        rows, columns = size // block.bm, -(-length // block.bn)
-        total = rows * columns * x.shape[0]
-        half = (block.bm, block.bn // 2)
-        arguments = (
-            self._descriptor(p, block.bm, block.bk),
-            self._descriptor(x, block.bk, block.bn),
-            self._descriptor(x, *half),
-            self._descriptor(out, *half),
-            *(rows, columns, size, alpha, beta, *p_slot, total),
-        )
-        constants = {"HAS_ADD": beta != 0.0, "BM": block.bm, "BN": block.bn, "BK": block.bk}
-        constants |= {"GROUP": 8, "FLATTEN": block.persistent}
-        options = {"num_warps": block.warps, "num_stages": block.stages}
-        grid = (min(total, self.programs) if block.persistent else total,)
-        kinds = (x.dtype, out.dtype)
-        _update_tma(grid, self.device, arguments, constants, kinds, **options)
-
-    def _descriptor(self, tensor: Tensor, rows: int, columns: int) -> Any:
-        """A tensor descriptor of a batch of matrices as one tall matrix."""
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        key = (tensor.data_ptr(), rows, columns)  # buffers of one call do not overlap
-        if key not in self.descriptors:
-            flat = tensor.view(-1, tensor.shape[-1])
-            self.descriptors[key] = TensorDescriptor.from_tensor(flat, [rows, columns])
-        return self.descriptors[key]
+# What repeats the launches of an iteration, by everything they depend on, the latest last: buffers
+# that are born again every step come back at few addresses.
+_programs: dict[tuple[Any, ...], list[Repeat]] = {}
+KEPT = 64
 
 
-def iterate(x: Tensor, out: Tensor, coefficients: Coefficients, path: Path) -> None:
+def iterate(
+    x: Tensor, out: Tensor, coefficients: Coefficients, path: Path, work: Tensor | None = None
+) -> None:
     """Orthogonalize a batch of normalized matrices.
 
     Args:
@@ -194,19 +65,37 @@ def iterate(x: Tensor, out: Tensor, coefficients: Coefficients, path: Path) -> N
         out: (batch, M, K), contiguous, receives the result.
         coefficients: a, b, c of every iteration.
         path: for this shape.
+        work: at least `working_memory` elements of x's dtype; allocated where it is None.
     """
-    products = Products(path, x.device)
-    if path.gram:
-        _gram_form(products, x, out, coefficients)
-    else:
-        _standard_form(products, x, out, coefficients)
+    coefficients, device = tuple(coefficients), x.device
+    if work is None:
+        work = x.new_empty(working_memory(path, x.shape, len(coefficients)))
+    keep = path.tma and is_current(device)
+    if keep:
+        addresses = (x.data_ptr(), out.data_ptr(), work.data_ptr())
+        key = (device.index, addresses, x.shape, path, coefficients)
+        program = _programs.pop(key, None)
+        if program is not None:
+            _programs[key] = program
+            repeat_all(program, device)
+            return
+    products = Products(path, device, keep=keep)
+    form = _gram_form if path.gram else _standard_form
+    form(products, x, out, work, coefficients)
+    if products.program is not None:
+        _programs[key] = products.program
+        if len(_programs) > KEPT:
+            del _programs[next(iter(_programs))]
 
 
-def _standard_form(products: Products, x: Tensor, out: Tensor, coefficients: Coefficients) -> None:
+def _standard_form(
+    products: Products, x: Tensor, out: Tensor, work: Tensor, coefficients: Coefficients
+) -> None:
     path, (batch, size, _) = products.path, x.shape
-    gram, poly = (torch.empty(batch, size, size, dtype=x.dtype, device=x.device) for _ in "GP")
+    square = batch * size * size
+    gram, poly = work[: 2 * square].view(2, batch, size, size)
     # the last of the alternating results shall be `out`
-    other = torch.empty_like(x) if len(coefficients) > 1 else out
+    other = _rest(work, 2 * square, x) if len(coefficients) > 1 else out
     for k, (a, b, c) in enumerate(coefficients):
         target = out if k == len(coefficients) - 1 else other
         products.symmetric(path.outer, x, x, gram, (1.0, 0.0))
@@ -215,10 +104,18 @@ def _standard_form(products: Products, x: Tensor, out: Tensor, coefficients: Coe
         x, other = target, x
 
 
-def _gram_form(products: Products, x: Tensor, out: Tensor, coefficients: Coefficients) -> None:
+def _rest(work: Tensor, start: int, x: Tensor) -> Tensor:
+    """Working memory of the shape of x."""
+    return work[start : start + x.numel()].view(x.shape)
+
+
+def _gram_form(
+    products: Products, x: Tensor, out: Tensor, work: Tensor, coefficients: Coefficients
+) -> None:
     path, (batch, size, _) = products.path, x.shape
-    work = torch.empty(batch * 5, size, size, dtype=x.dtype, device=x.device)
-    other = torch.empty_like(x) if len(coefficients) > SEGMENT else out
+    squares = 5 * batch * size * size
+    other = _rest(work, squares, x) if len(coefficients) > SEGMENT else out
+    work = work[:squares].view(batch * 5, size, size)
     one = 1.0 / GRAM_GAIN  # takes the scale of Z out of a product with it
     for start in range(0, len(coefficients), SEGMENT):
         segment = coefficients[start : start + SEGMENT]

@@ -7,6 +7,7 @@ from one H100; see docs/LOG.md. Needs no Triton.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -102,6 +103,7 @@ def path_for(device: torch.device, batch: int, rows: int, columns: int) -> Path 
     return hopper_path(batch, rows, columns, processors)
 
 
+@lru_cache(maxsize=1024)
 def hopper_path(batch: int, rows: int, columns: int, processors: int = 132) -> Path:
     """`path_for` a card of compute capability 9.0."""
     side = 64 if rows <= 512 else 128

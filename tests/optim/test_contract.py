@@ -1,59 +1,22 @@
-"""What every optimizer promises, over the table of optimizers: state, gates, errors, saving."""
+"""What every optimizer promises, over the table of optimizers: state, gates, rates, configs."""
 
-import copy
-import pickle
 import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from optim import OPTIMIZERS, AdamATan2, AdamMini, AdamW, Muon
+from optim import OPTIMIZERS
+from tests.optim.contract import (
+    make_params,
+    per_any,
+    per_class,
+    per_dtype,
+    same,
+    set_grads,
+    snapshot,
+)
 
-CLASSES = [AdamATan2, AdamW, AdamMini]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-per_class = pytest.mark.parametrize("cls", CLASSES)
-per_any = pytest.mark.parametrize("cls", [*CLASSES, Muon])  # Muon splits groups
 pytestmark = pytest.mark.filterwarnings("ignore:no rule of optim.partition knows")
-per_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-def make_params(dtype=torch.float32, seed=0):
-    """Odd shapes and memory orders: 0-d, empty, transposed, strided, expanded storage."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=rng).to(dtype)
-
-    tensors = [
-        randn(5, 3),
-        randn(),
-        randn(0, 3),
-        randn(4, 5).t(),
-        randn(6, 8)[:, ::2],
-        randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
-        randn(1),
-    ]
-    return [t.requires_grad_() for t in tensors]
-
-
-def set_grads(params, seed, scale=1.0):
-    rng = torch.Generator().manual_seed(seed)
-    for p in params:
-        p.grad = (torch.randn(p.shape, generator=rng) * scale).to(p.dtype)
-
-
-def snapshot(opt):
-    """Every tensor of parameters and states, cloned."""
-    params = [p for g in opt.param_groups for p in g["params"]]
-    return [p.detach().clone() for p in params] + [
-        s.clone() for p in params for s in opt.state[p].values()
-    ]
-
-
-def same(xs, ys):
-    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
 @per_class
@@ -231,96 +194,6 @@ def test_torch_schedulers_drive_it(cls):
         scheduler.step()
 
 
-def to_cpu_copy(state):
-    """As a checkpoint does: tensors copied, tuples turned into lists."""
-    if isinstance(state, dict):
-        return {k: to_cpu_copy(v) for k, v in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [to_cpu_copy(v) for v in state]
-    return state.clone() if isinstance(state, torch.Tensor) else state
-
-
-@per_any
-@per_dtype
-@given(before=st.integers(0, 3), seed=st.integers(0, 1000))
-@settings(max_examples=5, deadline=None)
-def test_loading_then_stepping_is_never_having_saved(cls, dtype, before, seed):
-    params = make_params(dtype, seed)
-    opt = cls(params, 1e-2, weight_decay=0.3)
-    for i in range(before):
-        set_grads(params, i)
-        opt.step()
-    saved = to_cpu_copy(opt.state_dict())
-    twins = [p.detach().clone().requires_grad_() for p in params]
-    fresh = cls(twins, 0.7, weight_decay=0.0)
-    addresses = [s.data_ptr() for p in twins for s in fresh.state[p].values()]
-    fresh.load_state_dict(saved)
-    assert addresses == [s.data_ptr() for p in twins for s in fresh.state[p].values()]
-    assert fresh.param_groups[0]["betas"] == opt.param_groups[0]["betas"]
-    assert same(snapshot(opt), snapshot(fresh))
-    for i in range(3):
-        set_grads(params, 10 + i)
-        set_grads(twins, 10 + i)
-        opt.step()
-        fresh.step()
-    assert same(snapshot(opt), snapshot(fresh))
-
-
-@per_class
-def test_a_state_that_does_not_fit_is_refused_whole(cls):
-    def broken(change):
-        saved = copy.deepcopy(opt.state_dict())
-        change(saved)
-        return saved
-
-    params = make_params()
-    opt = cls(params, 1e-2)
-    set_grads(params, 0)
-    opt.step()
-    before = snapshot(opt)
-    cases = [
-        (lambda s: s["param_groups"].append(s["param_groups"][0]), "groups of"),
-        (lambda s: s["param_groups"][0]["params"].pop(), "groups of"),
-        (lambda s: s["state"].pop(3), "state of parameter 3 has"),
-        (lambda s: s["state"][0].pop("exp_avg"), "state of parameter 0 has"),
-        (lambda s: s["state"][0].update(exp_avg=torch.zeros(9)), "saved exp_avg of parameter 0"),
-        (lambda s: s["param_groups"][0].update(weight_decay=-1.0), "weight_decay"),
-        (lambda s: s["param_groups"][0].update(lr=-1.0), "lr must"),
-    ]
-    for change, message in cases:
-        with pytest.raises(ValueError, match=message):
-            opt.load_state_dict(broken(change))
-        assert same(before, snapshot(opt))
-
-
-def test_adamw_loads_the_state_of_torch_adamw():
-    params = make_params()[:2]
-    theirs = torch.optim.AdamW(params, 1e-2)
-    set_grads(params, 0)
-    theirs.step()
-    mine = AdamW(params, 0.5)
-    mine.load_state_dict(theirs.state_dict())
-    assert float(mine.param_groups[0]["lr"]) == 1e-2
-    assert float(mine.state[params[0]]["step"]) == 1
-
-
-@per_class
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_copies_live_on(cls, clone):
-    params = make_params()
-    opt = cls(params, 1e-2)
-    set_grads(params, 0)
-    opt.step()
-    twin = clone(opt)
-    twins = twin.param_groups[0]["params"]
-    set_grads(params, 1)
-    set_grads(twins, 1)
-    opt.step()
-    twin.set_lr(1e-2)
-    twin.step()
-    assert same(snapshot(opt), snapshot(twin))
-
-
 @per_any
 def test_parameters_without_gradient_are_skipped(cls):
     params = make_params()
@@ -369,63 +242,6 @@ def test_grad_scaler(cls, overflow):
         (q * weight).sum().backward()
         plain.step()
         assert torch.equal(p, q)
-
-
-@per_any
-def test_errors_are_sentences(cls):
-    p = torch.zeros(3, requires_grad=True)
-    cases = [
-        ([p * 2], {}, "not a leaf"),
-        ([torch.zeros(3, dtype=torch.complex64)], {}, "complex"),
-        ([("w", torch.zeros(3, dtype=torch.int64))], {}, "parameter 'w' is torch.int64"),
-        ([torch.zeros(2, 2).to_sparse()], {}, "must be dense"),
-        ([torch.zeros(2, device="meta")], {}, "is on meta: supported are cpu, cuda"),
-        ([p], {"half": "up"}, "half must be"),
-        ([p, p], {}, "appears twice"),
-        ([p], {"lr": -1.0}, "lr must"),
-        ([p], {"lr": float("nan")}, "lr must"),
-        ([p], {"lr": torch.zeros(2)}, "one floating-point number"),
-        ([p], {"betas": (1.0, 0.9)}, r"betas\[0\] must be in \[0, 1\)"),
-        ([p], {"betas": (0.9, -0.1)}, r"betas\[1\] must be in \[0, 1\)"),
-        ([p], {"betas": (0.9,)}, "two numbers"),
-        ([p], {"weight_decay": -0.1}, "weight_decay must"),
-    ]
-    for params, options, message in cases:
-        with pytest.raises(ValueError, match=message) as caught:
-            cls(params, **options)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(TypeError, match="takes tensors, got int"):
-        cls([3])
-    opt = cls([p], 0.1)
-    with pytest.raises(ValueError, match="lr must"):
-        opt.set_lr(-1.0)
-    with pytest.raises(ValueError, match="appears twice"):
-        opt.add_param_group({"params": [torch.zeros(1), *[torch.ones(1)] * 2]})
-    assert len(opt.param_groups) == 1
-    opt.param_groups[0]["lr"] = -1.0
-    with pytest.raises(ValueError, match="lr must"):
-        opt.step()
-
-
-def test_option_errors_of_single_optimizers():
-    p = torch.zeros(3, requires_grad=True)
-    for options in ({"a": 0.0}, {"b": -1.0}, {"bias_correction": "both"}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            AdamATan2([p], **options)
-    with pytest.raises(ValueError, match="eps"):
-        AdamW([p], eps=-1.0)
-
-
-@per_any
-def test_bad_gradients_are_named_before_anything_moves(cls):
-    table = torch.nn.Embedding(5, 2, sparse=True)
-    first = torch.ones(3, requires_grad=True)
-    first.grad = torch.ones(3)
-    opt = cls([first, table.weight], 0.1)
-    table(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="is sparse"):
-        opt.step()
-    assert (first == 1).all()
 
 
 def test_build_from_config():

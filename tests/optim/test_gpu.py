@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optim import EMA, AdamATan2, AdamW, Muon, SparseSignSGD, clip_scale, global_grad_norm
+from optim import EMA, AdamATan2, AdamMini, AdamW, Muon, SparseSignSGD, clip_scale, global_grad_norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -142,6 +142,24 @@ def test_assigning_lr_just_before_capture_is_an_error():
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="set_lr"), torch.cuda.graph(graph):
         opt.step()
+
+
+@pytest.mark.parametrize("cls", [*CLASSES, AdamMini, Muon])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_model_moved_after_the_optimizer_was_made_is_named(cls, steps):
+    model = torch.nn.Linear(64, 64).to("cpu" if steps == 0 else "cuda")
+    options = {"num_heads": 1} if cls is AdamMini else {}
+    opt = cls([("q_proj.weight", model.weight), ("q_proj.bias", model.bias)], 0.1, **options)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+    model.to("cuda" if steps == 0 else "cpu")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="change the model before the optimizer is made"):
+        opt.step()
+    torch.cuda.synchronize()
 
 
 def test_sparse_rows_are_the_same_bits_every_time():

@@ -1,6 +1,7 @@
 """Launches after the first: what reaches the compiled kernel, and when Triton is asked again."""
 
 from types import SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
@@ -97,6 +98,106 @@ def test_a_profiler_sees_every_launch(fake, monkeypatch):
     assert len(fake.compilations) == 3 and len(fake.runs) == 1
 
 
+class Final:
+    """Triton's launch in C, in its place."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, *arguments):
+        self.seen.append(arguments)
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_the_launcher_of_the_installed_triton_is_known(monkeypatch, described):
+    """With its own code but for the driver, of which there is none here."""
+    nvidia = pytest.importorskip("triton.backends.nvidia.driver")
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    encode = lambda address, *rest: ("map", address)  # noqa: E731
+    names = ("fill_tma_descriptor", "fill_tma_descriptor_tiled")  # 3.6, 3.9
+    active = SimpleNamespace(utils=SimpleNamespace(**dict.fromkeys(names, encode)))
+    runtime = SimpleNamespace(driver=SimpleNamespace(active=active))
+    monkeypatch.setattr(nvidia, "triton", SimpleNamespace(runtime=runtime))
+    final = Final()
+    signature = {0: "tensordesc<fp16[64,64]>" if described else "*fp16", 1: "i32"}
+    meta = {"swizzle": 3, "elem_size": 2, "elem_type": 6, "block_size": [64, 64]}
+    launch = nvidia.wrap_handle_tensordesc(
+        final, signature, [{**meta, "fp4_padded": False}] if described else None
+    )
+    run = object.__new__(nvidia.CudaLauncher)
+    sizes = {"global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1}
+    sizes |= {"global_scratch_align": 1, "profile_scratch_align": 1}
+    flags = dict.fromkeys(("launch_cooperative_grid", "launch_pdl", "gsan_enabled"), False)
+    rest = {"arg_annotations": "a", "kernel_signature": b"s", "launch": launch}
+    for name, value in {**sizes, **flags, **rest}.items():
+        setattr(run, name, value)
+    x = torch.zeros(128, 64, dtype=torch.float16)
+    values = [TensorDescriptor.from_tensor(x, [64, 64]) if described else x.data_ptr(), 5]
+    done = SimpleNamespace(run=run, function=3, packed_metadata="m")
+    again = launcher._flattened(done, (3, 2, 1), values)
+    assert again is not None and not final.seen
+    run(3, 2, 1, 77, 3, "m", None, None, None, *values)
+    again(77)
+    assert final.seen[0] == final.seen[1] and str(x.data_ptr()) in str(final.seen[0])
+    kept = ref(x)
+    del x, values
+    assert kept() is None  # no memory is held by what repeats a launch
+
+
+def test_a_launch_of_unknown_build_is_not_repeated(fake):
+    kernel = Kernel(fake)  # whose `run` has no `launch`
+    assert kernel.again((2,), CUDA, (torch.zeros(4), 5), {}, num_warps=4) is None
+    assert len(fake.compilations) == 1
+
+
+def test_programs_of_an_iteration_are_found_by_address(monkeypatch):
+    from optim.kernels import ns_launch, ns_products
+    from optim.kernels.ns_table import hopper_path
+
+    launched, repeated, hooked = [], [], []
+
+    class Notes:
+        def __call__(self, *arguments, **options):
+            launched.append(arguments)
+
+        def again(self, *arguments, **options):
+            launched.append(arguments)
+            number = len(launched)
+            return lambda stream: repeated.append((stream, number))
+
+    for name in ("_symmetric_tma", "_update_tma"):
+        monkeypatch.setattr(ns_products, name, Notes())
+    monkeypatch.setattr(ns_launch, "_programs", {})
+    monkeypatch.setattr(ns_launch, "KEPT", 3)
+    monkeypatch.setattr(ns_launch, "is_current", lambda device: not hooked)
+    monkeypatch.setattr(
+        ns_launch, "repeat_all", lambda program, device: [launch(7) for launch in program]
+    )
+    coefficients = ((1.0, 2.0, 3.0),) * 5
+    for columns in (128, 640):  # both forms
+        path = hopper_path(2, 128, columns)
+        x, out, other = torch.zeros(3, 2, 128, columns, dtype=path.dtype)
+        need = ns_launch.working_memory(path, x.shape, 5)
+        work, spare = torch.empty(2, need, dtype=path.dtype)
+        launched.clear(), repeated.clear()
+        ns_launch.iterate(x, out, coefficients, path, work)
+        first = len(launched)
+        assert first >= 15 and not repeated
+        ns_launch.iterate(x, out, list(coefficients), path, work)
+        assert len(launched) == first and repeated == [(7, k + 1) for k in range(first)]
+        for target, memory, steps in ((other, work, 5), (out, spare, 5), (out, work, 4)):
+            before = len(launched)
+            ns_launch.iterate(x, target, coefficients[:steps], path, memory)
+            assert len(launched) > before
+        hooked.append(True)
+        before = len(launched)
+        ns_launch.iterate(x, out, coefficients, path, work)
+        assert len(launched) == before + first
+        hooked.clear()
+    assert len(ns_launch._programs) == 3
+
+
 def test_tables_of_addresses_come_back():
     table = TensorTable([3, 5], 4, torch.device("cpu"))
     first = table.addresses((1, 2))
@@ -110,8 +211,6 @@ def test_tables_of_addresses_come_back():
 
 
 def test_same_objects_are_objects_not_values():
-    from weakref import ref
-
     x, y = torch.zeros(2), torch.zeros(2)
     seen = [ref(x), ref(y)]
     assert same_objects([x, y], seen)
