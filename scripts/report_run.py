@@ -199,6 +199,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="without suffix")
     options = parser.parse_args()
     folders = [f for f in options.folders if (f / "metrics.jsonl").is_file()] or options.folders
+    for name in ("config.yaml", "environment.json"):
+        if not (folders[-1] / name).is_file():
+            raise ConfigError(f"{folders[-1]} has no {name}; a run folder of pretrain.py has")
     text = report(
         folders, options.weights, options.evaluation, options.out.name, max(options.rows, 1)
     )
