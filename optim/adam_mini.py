@@ -115,6 +115,7 @@ class AdamMini(AdamLike):
     """
 
     divide = staticmethod(divide_mini)
+    own_options = ("segments",)  # of parts of parameters, see `ShardedOptimizer`
 
     def __init__(
         self,
