@@ -166,6 +166,8 @@ def adam_kernel(
         found = tl.where(flag == 0.0, 0.0, 1.0)  # NaN counts as found
     if found == 0.0:
         chunk = tl.program_id(0)
+        if HAS_SCALE:  # a norm has likely just read the gradients, the last ones are still in L2
+            chunk = tl.num_programs(0) - 1 - chunk
         t = tl.load(chunk_tensor + chunk)
         start = tl.load(chunk_index + chunk).to(tl.int64) * BLOCK
         left = tl.load(sizes + t) - start
