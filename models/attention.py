@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.causal = config.causal
+        self.norm_eps = config.rms_norm_eps if config.attn_norm else None
         self.fusible = config.attention_backend == "auto"
         self.backend = "sdpa"  # `build_model` knows the device, and what is best there
         width = config.hidden_size
@@ -77,12 +79,21 @@ class Attention(nn.Module):
         Both (B, L, D). With the second in its residual a block spares its backward pass a sum.
         """
         qkv, x_BLD = self._to_qkv(x_BLD)
-        if (kernel := self._kernel(x_BLD)) is not None:
+        mixed = self._gather(qkv, rope, self._kernel(x_BLD))
+        if self.norm_eps is not None:  # bounds what the last map is given, as in `normed_gate`
+            mixed = F.rms_norm(mixed, mixed.shape[-1:], eps=self.norm_eps)
+        return mixed, x_BLD
+
+    def _gather(
+        self, qkv: Tensor, rope: RotaryTable | None, kernel: Callable[..., Tensor] | None
+    ) -> Tensor:
+        """[q | k | v] (B, L, 3 D) → (B, L, D), by a fused kernel where there is one."""
+        if kernel is not None:
             tables = (None, None) if rope is None else (rope.cos, rope.sin)
-            return kernel(qkv, self.num_heads, *tables), x_BLD
+            return kernel(qkv, self.num_heads, *tables)
         qkv = rearrange(qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
         q, k, v = qkv.unbind(0)
         if rope is not None:
             q, k = rope(q), rope(k)
         mixed = attend(q, k, v, causal=self.causal, backend=self.backend)
-        return rearrange(mixed, "b l h d -> b l (h d)"), x_BLD
+        return rearrange(mixed, "b l h d -> b l (h d)")

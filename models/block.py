@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.attention import Attention
 from models.config import ModelDims, ReasoningConfig
 from models.kernels import usable
-from models.layers import ConvSwiGLU, RotaryTable, SwiGLU, rms_norm
+from models.layers import ConvSwiGLU, RotaryTable, SwiGLU, grid_positions, rms_norm
 from models.recursion import recomputed
 
 Mixer = Literal["attention", "mlp"]
@@ -140,9 +140,13 @@ class BlockStack(nn.Module):
         super().__init__()
         length = config.prefix_len + dims.seq_len
         self.rope = None
-        if mixer == "attention" and config.pos_encodings == "rope":
+        if mixer == "attention" and config.pos_encodings in ("rope", "rope_2d"):
             head_dim = config.hidden_size // config.num_heads
-            self.rope = RotaryTable(head_dim, length, config.rope_theta)
+            grid = config.pos_encodings == "rope_2d"
+            where = (
+                grid_positions(config.prefix_len, dims.seq_len) if grid else torch.arange(length)
+            )
+            self.rope = RotaryTable(head_dim, where, config.rope_theta)
         self.blocks = nn.ModuleList(
             Block(config, length, mixer, generator, conv_kernel) for _ in range(num_layers)
         )

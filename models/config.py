@@ -91,13 +91,14 @@ class ReasoningConfig(BaseModel):
         8, ge=1, le=2**16, description="attention heads; must divide hidden_size"
     )
     expansion: float = Field(4.0, gt=0, le=64, description="SwiGLU width over hidden_size, × 2/3")
-    pos_encodings: Literal["rope", "learned", "none"] = Field(
-        "rope", description="position encoding"
+    pos_encodings: Literal["rope", "rope_2d", "learned", "none"] = Field(
+        "rope", description="position encoding; rope_2d: by rows and columns of a square grid"
     )
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     glu_norm: Literal["none", "product", "hidden"] = Field(
         "none", description="RMSNorm in SwiGLU: of gate ⊙ up, or of what goes into the last map"
     )
+    attn_norm: bool = Field(False, description="RMSNorm of what the heads gathered, too")
     rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square before the root")
     causal: bool = Field(False, description="attention sees earlier positions only")
     puzzle_emb_ndim: int = Field(
@@ -169,10 +170,16 @@ class ReasoningConfig(BaseModel):
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}"
             )
-        if self.pos_encodings == "rope" and (self.hidden_size // self.num_heads) % 2:
+        head_dim = self.hidden_size // self.num_heads
+        if self.pos_encodings == "rope" and head_dim % 2:
             raise ValueError(
                 f"pos_encodings=rope needs an even head size, but hidden_size / num_heads = "
-                f"{self.hidden_size // self.num_heads}"
+                f"{head_dim}"
+            )
+        if self.pos_encodings == "rope_2d" and head_dim % 4:
+            raise ValueError(
+                f"pos_encodings=rope_2d needs a head size that 4 divides, but hidden_size / "
+                f"num_heads = {head_dim}"
             )
         return self
 

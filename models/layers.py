@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import fp8
+from models.errors import ModelError
 from models.kernels import usable
 
 # Standard deviation of a unit normal truncated at ±2; dividing by it restores the asked-for one.
@@ -257,19 +258,39 @@ class ConvSwiGLU(SwiGLU):
         return self.down(F.silu(self.conv(self.gated(self.gate_up(x_BLD)))))
 
 
+def grid_positions(prefix: int, cells: int) -> Tensor:
+    """Row and column of every token of a square grid, (prefix + cells, 2).
+
+    The prefix lies side by side in the row above the grid. ModelError: `cells` is no square.
+    """
+    side = math.isqrt(cells)
+    if side * side != cells:
+        raise ModelError(
+            f"arch.pos_encodings=rope_2d needs puzzles on a square grid, but these have {cells} "
+            "cells; use rope"
+        )
+    before = torch.stack((torch.zeros(prefix), torch.arange(prefix)), dim=1)
+    number = torch.arange(cells)
+    within = torch.stack((1 + number // side, number % side), dim=1)
+    return torch.cat((before, within))
+
+
 class RotaryTable(nn.Module):
     """Cosines and sines of the rotary position encoding (Su et al. 2021, arXiv:2104.09864).
 
-    Computed in float32, whatever the model's dtype, and never saved.
+    Tokens stand at `positions` (L,), or (L, axes): then each axis turns its share of the pairs, as
+    if that share were a head. Computed in float32, whatever the model's dtype, and never saved.
     """
 
     cos: Tensor  # (L, head_dim)
     sin: Tensor  # (L, head_dim)
 
-    def __init__(self, head_dim: int, length: int, theta: float) -> None:
+    def __init__(self, head_dim: int, positions: Tensor, theta: float) -> None:
         super().__init__()
-        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+        positions = positions.to(torch.float32).view(len(positions), -1)
+        share = head_dim // positions.shape[1]
+        frequencies = theta ** (-torch.arange(0, share, 2, dtype=torch.float32) / share)
+        angles = (positions[:, :, None] * frequencies).flatten(1)
         angles = torch.cat((angles, angles), dim=-1)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)

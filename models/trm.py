@@ -29,8 +29,10 @@ class TRMConfig(RecursiveConfig):
 
     @model_validator(mode="after")
     def _check(self) -> TRMConfig:
-        if not self.has_attention and self.pos_encodings == "rope":
-            raise ValueError("pos_encodings=rope needs mixer=attention; use none or learned")
+        if not self.has_attention and self.pos_encodings in ("rope", "rope_2d"):
+            raise ValueError(
+                f"pos_encodings={self.pos_encodings} needs mixer=attention; use none or learned"
+            )
         if not self.has_attention and self.causal:
             raise ValueError("causal=true needs mixer=attention, as arch=trm has")
         if self.latents > self.L_cycles:

@@ -1,4 +1,4 @@
-"""SwiGLU with an RMSNorm inside, and that no fused kernel takes it for the plain one."""
+"""SwiGLU and attention with an RMSNorm inside; no fused kernel takes SwiGLU for the plain one."""
 
 from __future__ import annotations
 
@@ -51,3 +51,17 @@ def test_models_learn_with_it_and_no_kernel_leaves_it_out(
     logits.square().mean().backward()
     grads = [p.grad for n, p in model.named_parameters() if n.startswith("levels")]
     assert all(g is not None and g.isfinite().all() and g.any() for g in grads)
+
+
+def test_the_size_of_the_values_does_not_matter_to_a_normed_attention() -> None:
+    keys = {"attn_norm": True, "rms_norm_eps": 1e-30}
+    model = model_of("trm", "float64", **keys).double()
+    attention = model.levels["L"].blocks[0].attention
+    x = torch.randn(2, 12, 32, dtype=torch.float64)
+    before = attention(x, None)
+    with torch.no_grad():
+        attention.qkv.weight[64:] *= 100
+    torch.testing.assert_close(attention(x, None), before)
+    assert not torch.allclose(
+        model_of("trm", "float64").double().levels["L"].blocks[0].attention(x, None), before
+    )

@@ -46,7 +46,7 @@ def plain(qkv, heads, cos, sin, causal):
 def draw(batch, length, heads):
     qkv = torch.randn(batch, length, 3 * heads * 64, device="cuda").bfloat16()
     dout = torch.randn(batch, length, heads * 64, device="cuda").bfloat16()
-    return qkv, dout, RotaryTable(64, length, 10000.0).cuda()
+    return qkv, dout, RotaryTable(64, torch.arange(length), 10000.0).cuda()
 
 
 def both(qkv, dout, table, heads, rope, causal):

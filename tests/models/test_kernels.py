@@ -111,7 +111,7 @@ def test_short_attention(batch, length, heads, head_dim, rope, causal, dtype):
 
     torch.manual_seed(0)
     qkv = draw(batch, length, 3 * heads * head_dim, dtype=dtype)
-    table = RotaryTable(head_dim, length, 10000.0).to(DEVICE)
+    table = RotaryTable(head_dim, torch.arange(length), 10000.0).to(DEVICE)
     cos, sin = (table.cos, table.sin) if rope else (None, None)
     both(
         lambda t: short_attention(t, heads, cos, sin, causal),
