@@ -1,15 +1,16 @@
 """Accuracy against test-time compute: a sweep over depth, breadth and how the answer is chosen.
 
     python scripts/thinking_curve.py --depth 16 64 --breadth 1 2 4 8 16 --select halt vote \\
-        [--confidence 0.5 0.9] [--out curves/NAME] checkpoint=docs/weights/NAME \\
+        [--confidence 0.5 0.9] [--agree 1 2] [--out curves/NAME] checkpoint=docs/weights/NAME \\
         data.test_csv=test.csv.gz eval.augment=true
 
 Other arguments are those of evaluate.py: what the trajectories of a puzzle differ by
 (`eval.augment`, `eval.random_init`, `eval.noise`), on which data. Each depth and confidence is run
 once, at the largest breadth; the smaller ones are parts of it. With --confidence rows end where the
-halting head is so sure, and their puzzle costs nothing more; without it every trajectory takes all
-steps. OUT.csv has a line for each point, with the cost of a puzzle in ACT steps, TFLOP and seconds
-(those of the whole run, shared out by ACT steps); OUT.png shows accuracy over TFLOP.
+halting head is so sure, and their puzzle costs nothing more as soon as --agree of them share an
+answer; without it every trajectory takes all steps. OUT.csv has a line for each point, with the
+cost of a puzzle in ACT steps, TFLOP and seconds (those of the whole run, shared out by ACT steps);
+OUT.png shows accuracy over TFLOP.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +43,18 @@ def options_of(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--breadth", type=int, nargs="+", default=[1])
     parser.add_argument("--select", nargs="+", choices=SELECTIONS, default=["halt"])
     parser.add_argument("--confidence", type=float, nargs="+", default=[])
+    parser.add_argument("--agree", type=int, nargs="+", default=[1])
     parser.add_argument("--out", type=Path, default=Path("thinking"))
     return parser.parse_known_args(argv)
 
 
-def resolve_at(overrides: list[str], depth: int, breadth: int, confidence: float | None):  # noqa: ANN201
-    """The evaluation at one depth and confidence, with the largest breadth."""
+def resolve_at(  # noqa: ANN201
+    overrides: list[str], depth: int, breadth: int, confidence: float | None, agree: int
+):
+    """The evaluation at one depth, confidence and agreement, with the largest breadth."""
     more = [f"eval.depth={depth}", f"eval.breadth={breadth}"]
     if confidence is not None:
-        more += ["eval.early_halt=true", f"eval.confidence={confidence}"]
+        more += ["eval.early_halt=true", f"eval.confidence={confidence}", f"eval.agree={agree}"]
     arguments = preflight("cfg_evaluate", EvaluateConfig, [*overrides, *more])
     return resolve_evaluation(compose_values("cfg_evaluate", arguments))
 
@@ -71,6 +76,7 @@ def points(loaded: Loaded, config: Any, options: argparse.Namespace, tflop: floa
                     "breadth": breadth,
                     "select": select if breadth > 1 else "",
                     "confidence": config.confidence if config.early_halt else "",
+                    "agree": config.agree if config.early_halt else "",
                     "exact_accuracy": round(found.accuracy(breadth, select), 6),
                     "ACT_steps": round(float(steps) / len(found.steps), 3),
                     "TFLOP": round(float(steps) / len(found.steps) * tflop, 6),
@@ -80,7 +86,7 @@ def points(loaded: Loaded, config: Any, options: argparse.Namespace, tflop: floa
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Accuracy over compute, a line for each set, depth, selection and confidence."""
+    """Accuracy over compute, a line for each set, depth, selection, confidence and agreement."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -88,10 +94,11 @@ def draw(rows: list[Row], path: Path) -> None:
     lines: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for row in rows:
         if row["select"]:
-            key = row["set"], row["depth"], row["select"], row["confidence"]
+            key = row["set"], row["depth"], row["select"], row["confidence"], row["agree"]
             lines.setdefault(key, []).append((row["TFLOP"], row["exact_accuracy"]))
-    for (name, depth, select, confidence), some in lines.items():
+    for (name, depth, select, confidence, agree), some in lines.items():
         ends = f", halts at {confidence}" if confidence else ""
+        ends += f", {agree} agree" if confidence and agree > 1 else ""
         label = f"{name}: depth {depth}, {select}{ends}"
         axis.plot(*zip(*sorted(some), strict=True), marker="o", label=label)
     single = [(r["TFLOP"], r["exact_accuracy"]) for r in rows if not r["select"]]
@@ -107,12 +114,15 @@ def draw(rows: list[Row], path: Path) -> None:
 def main(argv: list[str]) -> None:
     """Sweep, and write the table and the picture."""
     options, overrides = options_of(argv)
-    if min(*options.depth, *options.breadth, 1) < 1:
-        raise ConfigError("--depth and --breadth should be 1 or more")
+    if min(*options.depth, *options.breadth, *options.agree) < 1:
+        raise ConfigError("--depth, --breadth and --agree should be 1 or more")
+    if options.agree != [1] and not options.confidence:
+        raise ConfigError("--agree needs --confidence")
     if 1 not in options.breadth:
         options.breadth.append(1)
-    grid = [(d, c) for d in options.depth for c in (options.confidence or [None])]
-    jobs = [resolve_at(overrides, depth, max(options.breadth), c) for depth, c in grid]
+    grid = product(options.depth, options.confidence or [None], options.agree)
+    jobs = [resolve_at(overrides, d, max(options.breadth), c, a) for d, c, a in grid]
+    table, picture = (options.out.with_name(options.out.name + end) for end in (".csv", ".png"))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     set_up_logging()
     from models.cost import cost
@@ -126,12 +136,12 @@ def main(argv: list[str]) -> None:
         rows += new
         for row in new:
             print(" ".join(f"{k}={v}" for k, v in row.items() if v != ""))
-        with options.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        with table.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    draw(rows, options.out.with_suffix(".png"))
-    print(f"written to {options.out.with_suffix('.csv')} and .png")
+    draw(rows, picture)
+    print(f"written to {table} and {picture.name}")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,9 @@ class ThinkConfig(EvalConfig):
     random_init: bool = Field(False, description="further trajectories start from random states")
     augment: bool = Field(False, description="further trajectories see a symmetry of the puzzle")
     early_halt: bool = Field(False, description="rows end where the halting head says so")
-    confidence: float = Field(
-        0.5, gt=0, lt=1, description="how sure it must be for that; a puzzle then wants no more"
+    confidence: float = Field(0.5, gt=0, lt=1, description="how sure it must be for that")
+    agree: int = Field(
+        1, ge=1, description="a puzzle wants no more once so many sure trajectories share an answer"
     )
     select: Literal["halt", "convergence", "vote"] = Field(
         "halt", description="the answer: of the surest, the steadiest or the most trajectories"
@@ -82,6 +83,10 @@ class ThinkConfig(EvalConfig):
             )
         if self.confidence != 0.5 and not self.early_halt:
             raise ValueError("confidence needs early_halt=true")
+        if self.agree > 1 and not self.early_halt:
+            raise ValueError(f"agree={self.agree} needs early_halt=true")
+        if self.agree > self.breadth:
+            raise ValueError(f"agree={self.agree} is more than breadth={self.breadth} trajectories")
         if self.breadth == 1 and varied:
             raise ValueError("noise, random_init and augment need breadth of 2 or more")
         return self

@@ -3,8 +3,9 @@
 Trajectory 0 of a puzzle is the plain one. The others differ from it by what was asked for: a
 symmetry of the puzzle (undone in the answer), random initial states, or noise added to the states
 after each ACT step. Rows of the batch never stand idle: one that ends takes the next trajectory
-that is still wanted, and a puzzle whose halting head was content once (with `early_halt`) wants no
-more.
+that is still wanted, and a puzzle wants no more (with `early_halt`) once as many trajectories as
+must `agree` have ended on the same answer with a content halting head. One alone is at times
+content with a wrong answer; two of them seldom with the same.
 
 Sources: TRM and HRM halt by the same head at training time; noise per step and the choice by the
 halting head: PTRM; random initial states: EqR.
@@ -36,8 +37,9 @@ from training.errors import ConfigError
 class Trajectories:
     """What was found out about N puzzles, B trajectories each, at K depths.
 
-    `answers` (N, B, L) and `q_halt` (N, B, K), `stable` (N, B) are of the trajectory's last step
-    (`q_halt`: of the step at each depth); NaN in `q_halt` where it had ended, or never ran.
+    `answers` (N, B, L) and `q_halt` (N, B, K), `sure` and `stable` (N, B) are of the trajectory's
+    last step (`q_halt`: of the step at each depth); `q_halt` is NaN where it had ended, or never
+    ran.
     """
 
     depths: tuple[int, ...]
@@ -45,6 +47,7 @@ class Trajectories:
     answers: np.ndarray
     right: np.ndarray  # (N, B, K) bool: every labelled token
     q_halt: np.ndarray
+    sure: np.ndarray  # (N, B) bool: the halting head was content at the end
     stable: np.ndarray  # ACT steps for which the answer has not changed
     steps: np.ndarray  # (N, B) ACT steps taken
 
@@ -52,6 +55,11 @@ class Trajectories:
     def ran(self) -> np.ndarray:
         """(N, B) which trajectories were run."""
         return self.steps > 0
+
+    def sharing(self, puzzle: int, trajectory: int) -> int:
+        """How many of a puzzle's sure trajectories share that one's answer, itself among them."""
+        same = (self.answers[puzzle] == self.answers[puzzle, trajectory]).all(-1)
+        return int((same & self.sure[puzzle]).sum())
 
     def chosen(self, breadth: int, select: str) -> np.ndarray:
         """(N,) which of the first `breadth` trajectories gives the answer, at the full depth."""
@@ -162,6 +170,7 @@ class Thinker:
             answers=np.zeros((n, breadth, length), np.int32),
             right=np.zeros((n, breadth, len(depths)), bool),
             q_halt=np.full((n, breadth, len(depths)), np.nan, np.float32),
+            sure=np.zeros((n, breadth), bool),
             stable=np.zeros((n, breadth), np.int32),
             steps=np.zeros((n, breadth), np.int32),
         )
@@ -212,7 +221,9 @@ class Thinker:
                 found.answers[where] = answers[torch.from_numpy(over).to(self.device)].cpu().numpy()
                 found.stable[where] = stable_host[over]
                 found.steps[where] = steps[over]
-                content[puzzle[over[sure[over]]]] = True
+                found.sure[where] = sure[over]
+                for p, t in zip(*(w[sure[over]] for w in where), strict=True):
+                    content[p] = content[p] or found.sharing(p, t) >= self.config.agree
                 puzzle[over] = -1
                 progress.update(len(over))
             carry = self._noisy(carry, trajectory)

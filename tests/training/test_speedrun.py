@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -94,9 +95,9 @@ def test_the_script_trains_in_sittings_and_evaluates(house, puzzles):
     told = (house / "runs/s-2/report.md").read_text()
     assert figure in told and "began after step 4 from a packed state" in told
     rows = list(csv.DictReader((house / "runs/s-2/thinking-curve.csv").open()))
-    assert {(r["depth"], r["confidence"]) for r in rows} == {
-        (d, c) for d in ("16", "64") for c in ("0.5", "0.9", "0.99")
-    }
+    assert {(r["depth"], r["confidence"], r["agree"]) for r in rows} == set(
+        product(("16", "64"), ("0.9", "0.99"), ("1", "2", "3"))
+    )
     for row in rows:
         assert float(row["ACT_steps"]) <= int(row["depth"]) * int(row["breadth"]) + 1e-9
         assert float(row["TFLOP"]) > 0 and float(row["seconds"]) > 0

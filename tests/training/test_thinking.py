@@ -63,6 +63,24 @@ def test_a_surer_head_is_waited_for(solver):
         ThinkConfig(confidence=0.9)
 
 
+def test_a_puzzle_ends_when_enough_sure_trajectories_agree(solver):
+    how = {"depth": 5, "breadth": 6, "noise": 1e-6, "early_halt": True}
+    runs = {agree: think(solver, 2, agree=agree, **how) for agree in (1, 2, 6)}
+    for agree, found in runs.items():
+        for p in range(len(found.steps)):
+            shared = [found.sharing(p, t) for t in np.flatnonzero(found.sure[p])]
+            settled = max(shared, default=0) >= agree
+            assert settled or found.ran[p].all()  # it wanted every trajectory
+    ran = {agree: found.ran.sum() for agree, found in runs.items()}
+    assert ran[1] < ran[2] < ran[6]
+    same = runs[1].ran & runs[2].ran  # what is run does not depend on when a puzzle ends
+    assert np.array_equal(runs[1].answers[same], runs[2].answers[same])
+    with pytest.raises(ValueError, match="agree=2 needs early_halt"):
+        ThinkConfig(breadth=2, augment=True, agree=2)
+    with pytest.raises(ValueError, match="agree=3 is more than breadth=2"):
+        ThinkConfig(breadth=2, augment=True, early_halt=True, agree=3)
+
+
 @pytest.mark.parametrize("how", [{"noise": 0.5}, {"random_init": True}, {"augment": True}])
 def test_further_trajectories_differ_and_come_again(solver, how):
     found, again = (think(solver, breadth=3, **how) for _ in range(2))
@@ -92,6 +110,7 @@ def made(answers, right, q, stable) -> Trajectories:
         answers=np.array(answers)[:, :, None],
         right=np.array(right)[:, :, None],
         q_halt=np.array(q, np.float32)[:, :, None],
+        sure=np.array(q) > 0,
         stable=np.array(stable),
         steps=np.ones(shape, int),
     )
