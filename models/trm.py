@@ -33,6 +33,8 @@ class TRMConfig(RecursiveConfig):
             raise ValueError(
                 f"pos_encodings={self.pos_encodings} needs mixer=attention; use none or learned"
             )
+        if not self.has_attention and self.attn_norm:
+            raise ValueError("attn_norm=true needs mixer=attention, as arch=trm has")
         if not self.has_attention and self.causal:
             raise ValueError("causal=true needs mixer=attention, as arch=trm has")
         if self.latents > self.L_cycles:

@@ -27,6 +27,9 @@ from models import ModelDims, ModelError, files
 from scripts.arguments import Parser, whole
 from training.errors import reported
 
+# What the references' code cannot compute, and no tensor tells.
+OURS = {"glu_norm": ("product", "hidden"), "attn_norm": (True,), "pos_encodings": ("rope_2d",)}
+
 
 def fields_of(texts: list[str]) -> dict[str, Any]:
     """`arch.key=value` arguments as fields of an architecture."""
@@ -65,7 +68,12 @@ def to_theirs(path: Path, target: Path, options: argparse.Namespace) -> str:
 
     if options.fields:
         raise ModelError(f"'{options.fields[0]}' is for ancestors' files; {path} is of Loopwright")
-    name, _, _, tensors = load_tensors(path, options.weights)
+    name, fields, _, tensors = load_tensors(path, options.weights)
+    if ours := [f"arch.{k}={fields[k]}" for k, v in OURS.items() if fields.get(k) in v]:
+        raise ModelError(
+            f"{path} was trained with {', '.join(ours)}, which the references' code does not know: "
+            "it would compute something else with these weights"
+        )
     try:
         renamed = to_reference(tensors)
     except KeyError as error:

@@ -53,6 +53,11 @@ def test_models_learn_with_it_and_no_kernel_leaves_it_out(
     assert all(g is not None and g.isfinite().all() and g.any() for g in grads)
 
 
+def test_a_norm_of_attention_needs_attention() -> None:
+    with pytest.raises(ValueError, match="attn_norm=true needs mixer=attention"):
+        model_of("trm, mlp", attn_norm=True)
+
+
 def test_the_size_of_the_values_does_not_matter_to_a_normed_attention() -> None:
     keys = {"attn_norm": True, "rms_norm_eps": 1e-30}
     model = model_of("trm", "float64", **keys).double()

@@ -190,12 +190,14 @@ def test_more_steps_at_test_time(runs, datasets_dir, tmp_path):
         (("{theirs}", "x.pt"), "x.pt should end in .safetensors"),
         (("{theirs}", "x.safetensors", "heads=3"), "'heads=3' is not of the form arch.key=value"),
         (("{theirs}", "x.safetensors", "arch.heads=3"), "heads: Extra inputs are not permitted"),
+        (("{speedrun}", "x.safetensors"), "arch.glu_norm=product, which the references' code does"),
     ],
 )
 def test_conversions_that_cannot_be(runs, tmp_path, arguments, message, monkeypatch, capsys):
     save_theirs(runs("hrm"), tmp_path / "step_6")
     monkeypatch.chdir(tmp_path)
-    given = [a.format(theirs=tmp_path / "step_6") for a in arguments]
+    speedrun = ROOT / "docs/weights/sudoku-speedrun-seed0"
+    given = [a.format(theirs=tmp_path / "step_6", speedrun=speedrun) for a in arguments]
     with pytest.raises(SystemExit, match="2"):
         convert(monkeypatch, capsys, *given)
     error = capsys.readouterr().err
