@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import training.cli
 import training.loop
 from data import read_dataset
 from models import ACT, build_model
+from tests.conftest import TINY
+from tests.training.helpers import EVERY_5, train
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,3 +40,29 @@ def solver(resolve_run):
         model.q_head.weight.normal_(std=0.5)
         model.q_head.bias.zero_()
     return ACT(model).eval(), read_dataset(run.dataset_path, "test")
+
+
+def once(runs: Path, datasets_dir: Path, run_name: str, **how) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        return train(
+            patch, *TINY, f"datasets_dir={datasets_dir}", f"runs_dir={runs}",
+            f"run_name={run_name}", *EVERY_5, **how,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory, datasets_dir) -> Path:
+    """A run of 12 steps that crashed in step 12, with checkpoints at 5, 6 (the best) and 10."""
+    return once(tmp_path_factory.mktemp("stopped"), datasets_dir, "stopped", crash_before=12)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, datasets_dir) -> Path:
+    """The same run, never stopped."""
+    return once(tmp_path_factory.mktemp("whole"), datasets_dir, "whole")
+
+
+@pytest.fixture
+def run_dir(stopped, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(stopped, tmp_path / "runs" / "stopped"))

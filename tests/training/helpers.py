@@ -24,6 +24,11 @@ class Crash(BaseException):
     """What a power cut is to a process: no handler in the engine expects it."""
 
 
+# A run that is stopped and goes on: what it is made of besides TINY
+EVERY_5 = ("checkpoint_interval=5", "eval_interval=6", "ema_rate=0.9",
+           "arch.halt_exploration_prob=0.5")  # fmt: skip
+
+
 def resolved(*arguments: str):
     """A ResolvedRun, by the same way as `pretrain.py` takes."""
     overrides = preflight("cfg_pretrain", RunConfig, list(arguments), check_job)
