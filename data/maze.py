@@ -42,7 +42,9 @@ class MazeConfig(CsvDatasetConfig):
 
     The rating is the number of cells of the shortest path, start and goal included. Augmentations
     are the eight rotations and reflections (four for mazes that are not square), so `num_aug` is at
-    most 7; a path stays a shortest path, though not always the one a search would find first.
+    most 7; a path stays a shortest path, though not always the one that the search behind the
+    labels would find first. With `symmetry_ids` the puzzle embedding tells which search it is: of a
+    turned maze that of the symmetry, of a test maze that of the maze as it is.
     """
 
     generator_keys: ClassVar[tuple[str, ...]] = ("num_train", "num_test", "min_path")
@@ -50,6 +52,7 @@ class MazeConfig(CsvDatasetConfig):
     name: Literal["maze"] = "maze"
     size: tuple[StrictInt, StrictInt] = (30, 30)  # rows and columns
     check_paths: StrictBool = True  # of CSV files: every label is a shortest path
+    symmetry_ids: StrictBool = False  # each rotation and reflection has its own puzzle embedding
     # Generated
     walls: tuple[Share, Share] = (0.3, 0.5)  # range that a maze's chance of a wall is drawn from
     min_path: StrictInt | None = None  # moves; default 109 of 30×30 cells, in proportion otherwise
@@ -65,6 +68,11 @@ class MazeConfig(CsvDatasetConfig):
                 f"data.num_aug={self.num_aug} must be at most {most} (or -1): there are "
                 f"{most + 1} rotations and reflections of {rows}×{columns} cells, the maze as it "
                 "is among them"
+            )
+        if self.symmetry_ids and self.num_aug != most:
+            raise ValueError(
+                f"data.symmetry_ids=true needs data.num_aug={most}, all rotations and reflections, "
+                f"not {self.num_aug}"
             )
         if self.walls[0] > self.walls[1]:
             raise ValueError(f"data.walls={list(self.walls)} must have the lower end first")
@@ -105,6 +113,8 @@ class MazeConfig(CsvDatasetConfig):
     def identity(self) -> dict[str, object]:
         """As all such datasets; of generated ones with the defaults spelled out."""
         keys = super().identity()
+        if not self.symmetry_ids:  # datasets that were built before there was such a key stay valid
+            del keys["symmetry_ids"]
         if not self.from_csv:
             keys |= {
                 "num_train": self.generated_count,
@@ -129,19 +139,22 @@ class MazeConfig(CsvDatasetConfig):
             train, test = generate_mazes(spec)
             tests = {"all": test}
         rows, columns = self.size
+        identifiers = self.num_aug + 1 if self.symmetry_ids else 1
+        dihedral = {"name": "dihedral", "size": [rows, columns]}
         for split, tables in (("train", {"all": train}), ("test", tests)):
             if train is None and split == "train":
                 continue
+            each = {"identifiers": identifiers} if split == "train" and identifiers > 1 else {}
             dataset = PuzzleDataset(
                 split=split,
                 vocab_size=VOCAB_SIZE,
                 seq_len=rows * columns,
-                num_puzzle_identifiers=1,
+                num_puzzle_identifiers=identifiers,
                 pad_id=0,
                 ignore_label_id=0,
                 blank_identifier_id=0,
                 fingerprint=fingerprint,
-                augmentation={"name": "dihedral", "size": [rows, columns]},
+                augmentation={**dihedral, **each},
                 sets={
                     name: PuzzleSet.of_single_examples(t.questions, t.answers, t.ratings)
                     for name, t in tables.items()

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from data import MazeConfig, ScoredRows, build_scorer, read_dataset
+from data import EvalLoader, MazeConfig, ScoredRows, TrainLoader, build_scorer, read_dataset
+from data.augment_grids import DihedralAugmentation
 from data.maze_generate import MazeSpec, canonical, generate_mazes
 from data.maze_rules import CHARACTERS, FREE, GOAL, PATH, START, WALL, label_mazes, path_lengths
 
+CPU = torch.device("cpu")
 PUBLISHED = os.environ.get("LOOPWRIGHT_MAZES")  # a folder with maze_{train,test}.csv.xz
 
 
@@ -123,6 +126,33 @@ def test_the_shortcut_keeps_the_distribution_of_drawing_one_by_one():
     ):
         error = np.hypot(ours.std() / len(ours) ** 0.5, plain.std() / len(plain) ** 0.5)
         assert abs(ours.mean() - plain.mean()) < 4 * error + 0.05
+
+
+def test_symmetry_ids_tell_how_a_maze_was_turned(tmp_path):
+    keys = {"size": (6, 6), "num_train": 20, "num_test": 8, "min_path": 4, "seed": 1}
+    folder = MazeConfig(**keys, num_aug=7, symmetry_ids=True).prepare(tmp_path)
+    train, test = (read_dataset(folder, split) for split in ("train", "test"))
+    assert train.num_puzzle_identifiers == test.num_puzzle_identifiers == 8
+    turn = DihedralAugmentation((6, 6), device=CPU)
+    mazes, paths = (torch.from_numpy(np.array(x)).int() for x in
+                    (train.sets["all"].inputs, train.sets["all"].labels))  # fmt: skip
+    expected = set()
+    for element in range(8):
+        turned = turn(mazes, paths, None, torch.full((20,), element))
+        expected |= {(element, *row.tolist()) for row in torch.cat(turned, dim=1)}
+    loader = TrainLoader(train, global_batch_size=20, seed=0, num_aug=7, device=CPU)
+    seen = set()
+    for step in range(30):
+        batch = loader.batch(step)
+        rows = torch.cat((batch["puzzle_ids"][:, None], batch["inputs"], batch["labels"]), dim=1)
+        seen |= {tuple(row.tolist()) for row in rows}
+    assert seen <= expected and {row[0] for row in seen} == set(range(8))
+    rows = list(EvalLoader(test, set_name="all", batch_size=8, device=CPU))
+    assert len(rows) == 1 and not rows[0]["puzzle_ids"].any()
+    plain = MazeConfig(**keys)
+    assert "symmetry_ids" not in plain.identity()
+    with pytest.raises(ValueError, match=r"symmetry_ids=true needs data\.num_aug=7"):
+        MazeConfig(**keys, num_aug=0, symmetry_ids=True)
 
 
 @pytest.mark.skipif(not PUBLISHED, reason="LOOPWRIGHT_MAZES names no folder")
