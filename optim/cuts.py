@@ -38,6 +38,9 @@ class Cuts:
     options: Callable[[int, int], dict[str, Any]] = _nothing
     # of an element, its place in moments that have one number per block
     block: Callable[[int], int] = _itself
+    # Where an update can be done in two halves, options of the groups that do so: the first one
+    # keeps what state there is for each element, and leaves in the gradient what the second takes.
+    halves: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
 
 
 Divide = Callable[[Sequence[tuple[str, Tensor]], Mapping[str, Any]], list[Cuts]]

@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from optim.cuts import Cuts, anywhere, between
+from optim.groups import work_dtype
 from optim.partition import Segment, partition_parameters
 
 _TO_ADAM = ("vector", "embedding", "head")
+_HALVES = {"kind": "momentum", "pieces": None}, {"kind": "orthogonal"}
 Named = Sequence[tuple[str, Tensor]]
 
 
@@ -46,7 +48,10 @@ def matrices_in(named: Named, options: Mapping[str, Any]) -> list[int]:
 
 
 def divide_muon(named: Named, options: Mapping[str, Any]) -> list[Cuts]:
-    """Between matrices, and anywhere in what goes to Adam, whose state is twice as large."""
+    """Between matrices, and anywhere in what goes to Adam, whose state is twice as large.
+
+    The momentum of a matrix may be elsewhere, if a gradient is as precise as what is made of both.
+    """
     found = []
     for (_, p), number in zip(named, matrices_in(named, options), strict=True):
         if not number:
@@ -55,7 +60,8 @@ def divide_muon(named: Named, options: Mapping[str, Any]) -> list[Cuts]:
         size = p.numel() // number
         # a part of a single row could no longer be told from a vector
         points = range(size, p.numel(), size) if size > p.shape[1] else ()
-        found.append(Cuts(points, 1, partial(_pieces, size)))
+        halves = _HALVES if p.dtype == work_dtype(p.dtype) else None
+        found.append(Cuts(points, 1, partial(_pieces, size), halves=halves))
     return found
 
 

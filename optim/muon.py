@@ -14,22 +14,26 @@ import torch
 from torch import Tensor
 
 from optim.adam_atan2 import adam_atan2_update
-from optim.adam_like import AdamLike, Bucket, Plan, same_order
 from optim.adamw import adamw_update
 from optim.base import Fused, Half, Params, work_dtype, write_gated
 from optim.checks import check_count, check_number
 from optim.divide import divide_muon, matrices_in
+from optim.muon_kernels import MuonKernels, pieces_of
 from optim.muon_rule import Scaling, check_pieces, update_scale
-from optim.orthogonal import COEFFICIENTS, Coefficients, iterations, newton_schulz
+from optim.orthogonal import COEFFICIENTS, Coefficients, newton_schulz
 
 
-class Muon(AdamLike):
+class Muon(MuonKernels):
     """Muon for the matrices of a network, AdamATan2 or AdamW for everything else, in one optimizer.
 
     Embeddings, heads (by name, see `partition.RULES`), biases, gains and whatever has not two
     dimensions go to Adam; so hand over names: `Muon(model.named_parameters())`. Each parameter is
     claimed once. Groups are split accordingly and carry `kind` ("muon" or "adam"), which may also
     be given. Equally shaped matrices are orthogonalized as one batch.
+
+    A step of "muon" may be taken in two halves, by two optimizers: one of kind "momentum", over any
+    parts of matrices, leaves in their gradients what is to be orthogonalized; one of kind
+    "orthogonal" takes it from there and keeps no momentum. A `ShardedOptimizer` does so.
 
     Args:
         params: (name, tensor) pairs, tensors or groups.
@@ -91,6 +95,7 @@ class Muon(AdamLike):
         super().__init__(params, defaults, fused)
 
     own_options = ("kind", "pieces")
+    _kinds = ("muon", "adam", "momentum", "orthogonal")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, split into a group of each `kind`, with the `pieces` of each matrix."""
@@ -128,7 +133,7 @@ class Muon(AdamLike):
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
         choices = {
-            "kind": ("muon", "adam"),
+            "kind": self._kinds,
             "scaling": ("moonlight", "keller"),
             "coefficients": tuple(COEFFICIENTS),
             "adam": ("adam_atan2", "adamw"),
@@ -144,64 +149,17 @@ class Muon(AdamLike):
         check_count("ns_steps", group["ns_steps"])
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["kind"] == "muon" else self.moments
+        if group["kind"] == "adam":
+            return self.moments
+        return () if group["kind"] == "orthogonal" else ("momentum_buffer",)
+
+    def _new_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+        state = super()._new_state(group, param)
+        if group["kind"] == "momentum":  # the other half counts the steps
+            return {"momentum_buffer": state["momentum_buffer"]}
+        return state
 
     # The half that is Adam
-
-    def _kernel_rule(self, group: dict[str, Any]) -> tuple[str, dict[str, float]]:
-        scale = {"lr_scale": group["adam_lr_scale"]}
-        if group["adam"] == "adamw":
-            return "adamw", {"eps": group["eps"], **scale}
-        return "atan2_outside", scale
-
-    def _launch(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        lr: Tensor,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> list[Tensor]:
-        if group["kind"] == "adam":
-            return super()._launch(group, params, lr, grad_scale, found_inf)
-        from optim.kernels.muon_launch import Options
-
-        plan = self._plan_of(group, params)
-        rows, safety = iterations(group["coefficients"], group["ns_steps"])
-        for bucket in plan.buckets:
-            rate = self.ema.begin_fused(bucket.names) if bucket.names else 1.0
-            options = Options(
-                *(float(group["momentum"]), group["nesterov"], float(group["weight_decay"])),
-                *(tuple(rows), safety, 1.0 - rate),
-            )
-            grads = [same_order(p.grad, p) for p in bucket.params]
-            bucket.launch.run(grads, options, lr, grad_scale, found_inf)
-        self._remember(group, plan, lr)
-        return plan.rest
-
-    def _plan_options(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        pieces = tuple(group["pieces"] or ())
-        return (*super()._plan_options(group), group["scaling"], pieces)
-
-    def _plan(self, group: dict[str, Any], params: list[Tensor]) -> Plan:
-        if group["kind"] == "adam":
-            return super()._plan(group, params)
-        from optim.kernels.muon_launch import MuonLaunch, supported
-
-        pieces = _pieces(group)
-        # the kernels round to the nearest
-        taken = [p for p in params if self._wide(group, p) is p and supported(p, pieces[id(p)])]
-        buckets = []
-        for some, names, shadows in self._split(taken):
-            own = [pieces[id(p)] for p in some]
-            sizes = [
-                update_scale(p.shape[0] // n, p.shape[1], group["scaling"])
-                for p, n in zip(some, own, strict=True)
-            ]
-            launch = MuonLaunch(some, [self.state[p] for p in some], own, sizes, shadows)
-            buckets.append(Bucket(some, names, launch))
-        here = set(map(id, taken))
-        return Plan(params, self.ema, buckets, [p for p in params if id(p) not in here])
 
     def _rule(
         self,
@@ -228,16 +186,23 @@ class Muon(AdamLike):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        if group["kind"] != "muon":
+        if group["kind"] == "adam":
             super()._update(group, params, lr, grad_scale, found_inf)
             return
         if found_inf is not None and found_inf.device.type == "cpu":
             if found_inf:
                 return
             found_inf = None
-        ahead = [self._momentum(group, p, grad_scale, found_inf) for p in params]
+        if group["kind"] == "orthogonal":
+            ahead = [p.grad.to(work_dtype(p.dtype)) for p in params]
+        else:
+            ahead = [self._momentum(group, p, grad_scale, found_inf) for p in params]
+        if group["kind"] == "momentum":
+            for p, u in zip(params, ahead, strict=True):
+                p.grad.copy_(u)
+            return
         batches: dict[tuple[Any, ...], list[int]] = {}
-        pieces = _pieces(group)
+        pieces = pieces_of(group)
         for i, (p, u) in enumerate(zip(params, ahead, strict=True)):
             rows, columns = p.shape[0] // pieces[id(p)], p.shape[1]
             key = (min(rows, columns), max(rows, columns), u.dtype)
@@ -254,7 +219,6 @@ class Muon(AdamLike):
         g = g if grad_scale is None else g / grad_scale
         old = state["momentum_buffer"]
         m = old * momentum + g
-        state["step"] += 1 if found_inf is None else ~found_inf
         old.copy_(m if found_inf is None else torch.where(found_inf, old, m))
         return g + momentum * m if group["nesterov"] else m
 
@@ -267,7 +231,7 @@ class Muon(AdamLike):
         found_inf: Tensor | None,
     ) -> None:
         """Orthogonalize matrices of one shape (or its transpose) as one batch; update `params`."""
-        pieces = [_pieces(group)[id(p)] for p in params]
+        pieces = [pieces_of(group)[id(p)] for p in params]
         stacks = [u.reshape(n, -1, u.shape[1]) for n, u in zip(pieces, ahead, strict=True)]
         lying = [s.shape[1] <= s.shape[2] for s in stacks]
         x = torch.cat([s if w else s.mT for s, w in zip(stacks, lying, strict=True)])
@@ -280,15 +244,10 @@ class Muon(AdamLike):
         for p, w, s, o in zip(params, lying, stacks, x.split(pieces), strict=True):
             o = (o if w else o.mT).reshape(p.shape).to(s.dtype)
             size = lr * update_scale(*s.shape[1:], group["scaling"])
+            self.state[p]["step"] += 1 if found_inf is None else ~found_inf
             wide = self._wide(group, p)
             new = (wide.to(s.dtype) * (1.0 - lr * group["weight_decay"]) - size * o).to(wide.dtype)
             write_gated(self._narrow(group, p, new), found_inf)
-
-
-def _pieces(group: dict[str, Any]) -> dict[int, int]:
-    """Number of pieces by the id of a parameter."""
-    pieces = group["pieces"] or [1] * len(group["params"])
-    return {id(p): n for p, n in zip(group["params"], pieces, strict=True)}
 
 
 def _adam_lr(group: dict[str, Any], lr: Tensor) -> Tensor:

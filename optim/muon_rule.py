@@ -74,7 +74,7 @@ def muon_update(
 
 def check_pieces(group: Mapping[str, Any]) -> None:
     """Raise ValueError unless there is a fitting number of pieces for every matrix of a group."""
-    if group["kind"] != "muon" or group["pieces"] is None:
+    if group["kind"] not in ("muon", "orthogonal") or group["pieces"] is None:
         return
     params = group["params"]
     params = [params] if isinstance(params, Tensor) else list(params)

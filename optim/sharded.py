@@ -8,6 +8,7 @@ reduced to the ranks that need them, the share is updated, parameters are gather
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from optim.base import DeviceOptimizer, Params
 from optim.clip import clip_scale
-from optim.cuts import Cuts, Divide
-from optim.shards import Bucket, Piece, by_kind, chunks, cut_anywhere, cut_between
+from optim.cuts import Divide
+from optim.layout import Group, lay_out
+from optim.shards import Bucket, Piece, Run
 
 # torch 2.13 gives them new names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -60,23 +62,27 @@ class ShardedOptimizer(torch.optim.Optimizer):
         mean: bool = False,
         **options: Any,
     ) -> None:
-        self.inner: torch.optim.Optimizer | None = None
         self._buckets: list[Bucket] = []
         super().__init__(params, dict(options))
         self.group, self.mean = group, mean
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self.cut = getattr(cls, "elementwise", False) if cut is None else cut
-        self._divide = getattr(cls, "divide", None) if divide is None else divide
-        self._unshared = {"params", "param_names"}  # what groups of shares have to themselves
         self._works: list[list[dist.Work]] = []  # of each bucket that is being reduced
         self._gathering: list[dist.Work] = []  # the parameters of a step
         self._armed = self._reduced = False
-        loads = [0] * self.world
-        shares = [self._share(g, loads) for g in self.param_groups]
-        self._numbers = [i for i, share in enumerate(shares) if share["params"]]
-        if self._numbers:
-            self.inner = cls([shares[i] for i in self._numbers], **options)
-        for group, own in self._pairs():
+        layout = lay_out(
+            self.param_groups,
+            cut=getattr(cls, "elementwise", False) if cut is None else cut,
+            divide=getattr(cls, "divide", None) if divide is None else divide,
+            rank=self.rank,
+            world=self.world,
+        )
+        self._source, self._unshared = layout.source, {*layout.unshared, "kind"}
+        # of updates in two halves, the first one leaves in the gradient what the second one takes
+        self.lead = cls(layout.leads, **options) if layout.leads else None
+        self.inner = cls(layout.shares, **options) if layout.shares else None
+        for bucket in layout.buckets:
+            self._add(bucket)
+        for group, own in self._alike():
             group |= {k: v for k, v in own.items() if k not in self._unshared | group.keys()}
         self._passed = [g.get("lr") for g in self.param_groups]
         self._missing = [len(b.members) for b in self._buckets]
@@ -87,42 +93,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("give a ShardedOptimizer all of its parameters when it is made")
         super().add_param_group(param_group)
 
-    def _share(self, group: dict[str, Any], loads: list[int]) -> dict[str, Any]:
-        """Lay out the parameters of a group; returns the group of what this rank updates."""
-        names = group.get("param_names") or [""] * len(group["params"])
-        named = dict(zip(map(id, group["params"]), names, strict=True))
-        local: list[tuple[str, Tensor]] = []
-        options: list[dict[str, Any]] = []
-        for members in by_kind(group["params"]):
-            if self.cut:  # the last ones first: their gradients are there first
-                found = [cut_anywhere(c, self.rank, self.world) for c in chunks(members[::-1])]
-            else:
-                cuts = self._cuts([(named[id(p)], p) for p in members], group)
-                found = [cut_between(members, cuts, self.rank, loads)]
-            for bucket in found:
-                self._add(bucket)
-                for part in bucket.local:
-                    if part.index is None:
-                        local.append(("", part.tensor))
-                        continue
-                    local.append((named[id(bucket.members[part.index])], part.tensor))
-                    options.append(bucket.cuts[part.index].options(part.start, part.stop))
-        named_all = all(name for name, _ in local)
-        keys = {key for some in options for key in some}
-        self._unshared |= keys
-        own = {k: v for k, v in group.items() if k not in self._unshared}
-        own |= {key: [some[key] for some in options] for key in keys}
-        return {**own, "params": local if named_all else [part for _, part in local]}
-
-    def _cuts(self, named: list[tuple[str, Tensor]], group: dict[str, Any]) -> list[Cuts]:
-        if self._divide is None:
-            return [Cuts()] * len(named)
-        return self._divide(named, {k: v for k, v in group.items() if k != "params"})
-
     def _add(self, bucket: Bucket) -> None:
         number = len(self._buckets)
         self._buckets.append(bucket)
-        bucket.take()
         for index, p in enumerate(bucket.members):
             p.register_post_accumulate_grad_hook(lambda _, i=index: self._ready(number, i))
 
@@ -148,15 +121,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if bucket.cuts is None:
             works = [_reduce_scatter(bucket.mine[0], bucket.grads, group=self.group, async_op=True)]
         else:
-            works = self._with_owners(bucket, bucket.grads, dist.reduce)
+            works = self._rooted(dist.reduce, bucket.grads, bucket.homes)
         self._works.append(works)
 
-    def _with_owners(
-        self, bucket: Bucket, flat: Tensor, collective: Callable[..., dist.Work]
+    def _rooted(
+        self, collective: Callable[..., dist.Work], flat: Tensor, runs: list[Run]
     ) -> list[dist.Work]:
         """Reduce every rank's runs to it, or broadcast them from there."""
         works = []
-        for rank, start, stop in bucket.runs:
+        for rank, start, stop in runs:
             root = rank if self.group is None else dist.get_global_rank(self.group, rank)
             works.append(collective(flat[start:stop], root, group=self.group, async_op=True))
         return works
@@ -203,8 +176,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Set the learning rate of every group now, without a synchronization."""
         for group in self.param_groups:
             group["lr"] = value
-        if isinstance(self.inner, DeviceOptimizer):
-            self.inner.set_lr(value)
+        own = self._own()
+        if all(isinstance(optimizer, DeviceOptimizer) for optimizer in own):
+            for optimizer in own:
+                optimizer.set_lr(value)
             self._passed = [value] * len(self.param_groups)
 
     @torch.no_grad()
@@ -226,8 +201,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if not self._reduced:
             self.finish()
+        self._pass_options()
+        if self.lead is not None:
+            self.lead.step(**settings)
+        handed = [self._rooted(dist.broadcast, b.grads, b.moved) for b in self._buckets]
+        for work in chain.from_iterable(handed):
+            work.wait()
         if self.inner is not None:
-            self._pass_options(self.inner)
             self.inner.step(**settings)
         for b in self._buckets:
             if b.cuts is None:
@@ -235,7 +215,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 work = _all_gather(b.params, mine, group=self.group, async_op=True)
                 self._gathering.append(work)
             else:
-                self._gathering += self._with_owners(b, b.params, dist.broadcast)
+                self._gathering += self._rooted(dist.broadcast, b.params, b.runs)
         self._reduced = False
         if wait:
             self.wait()
@@ -247,38 +227,39 @@ class ShardedOptimizer(torch.optim.Optimizer):
             work.wait()
         self._gathering = []
 
-    def _pairs(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Groups here and of this rank's share; none where `cls` has groups of its own, as Muon."""
-        own = [] if self.inner is None else self.inner.param_groups
-        ours = [self.param_groups[i] for i in self._numbers]
-        if [g.get("kind") for g in own] != [g.get("kind") for g in ours]:
-            return []
-        return list(zip(ours, own, strict=True))
+    def _own(self) -> list[torch.optim.Optimizer]:
+        """The optimizers of this rank's share."""
+        return [optimizer for optimizer in (self.lead, self.inner) if optimizer is not None]
 
-    def _pass_options(self, inner: torch.optim.Optimizer) -> None:
+    def _pairs(self) -> list[tuple[Group, Group]]:
+        """Groups of this rank's share, each behind the one here that its parameters are from."""
+        own = [group for optimizer in self._own() for group in optimizer.param_groups]
+        return [(self.param_groups[self._source[g["params"][0]]], g) for g in own]
+
+    def _alike(self) -> list[tuple[Group, Group]]:
+        """Those of `_pairs` that have the same options: not where `cls`, as Muon, has made groups
+        of several kinds of one."""
+        return [(ours, own) for ours, own in self._pairs() if ("kind" in ours) == ("kind" in own)]
+
+    def _pass_options(self) -> None:
         """What was changed in the groups here goes to the groups of this rank's share."""
-        rates = [g.get("lr") for g in self.param_groups]
-        new = [a is not b for a, b in zip(rates, self._passed, strict=True)]
-        self._passed = rates
-        pairs = self._pairs()
-        for group, own in pairs:
+        for group, own in self._alike():
             for key in own.keys() & group.keys() - self._unshared - {"lr"}:
                 own[key] = group[key]
-        if not any(new):  # a step that is captured in a CUDA graph must not be given a number
-            return
-        for group, own in pairs:
+        rates = [g.get("lr") for g in self.param_groups]
+        if all(a is b for a, b in zip(rates, self._passed, strict=True)):
+            return  # a step that is captured in a CUDA graph must not be given a number
+        self._passed = rates
+        for group, own in self._pairs():
             own["lr"] = group["lr"]
-        if not pairs and isinstance(inner, DeviceOptimizer):
-            inner.set_lr(rates[0])
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's share; for another number of ranks see `pieces`."""
-        if self.inner is None:
-            return {"rank": self.rank, "world": self.world, "share": None}
-        self._pass_options(self.inner)
-        return {"rank": self.rank, "world": self.world, "share": self.inner.state_dict()}
+        self._pass_options()
+        lead, share = (o and o.state_dict() for o in (self.lead, self.inner))
+        return {"rank": self.rank, "world": self.world, "lead": lead, "share": share}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this rank's share. ValueError if it is another rank's, or of another number."""
@@ -286,20 +267,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if there != here:
             raise ValueError(f"this is the share of rank {there[0]} of {there[1]}, "
                              f"needed is that of rank {here[0]} of {here[1]}")  # fmt: skip
-        if self.inner is not None:
-            self.inner.load_state_dict(state_dict["share"])
-            for group, own in self._pairs():
-                group |= {k: v for k, v in own.items() if k not in self._unshared}
-            self._passed = [g.get("lr") for g in self.param_groups]
+        for optimizer, name in ((self.lead, "lead"), (self.inner, "share")):
+            if optimizer is not None:
+                optimizer.load_state_dict(state_dict[name])
+        for group, own in self._alike():
+            group |= {k: v for k, v in own.items() if k not in self._unshared}
+        self._passed = [g.get("lr") for g in self.param_groups]
 
     def pieces(self) -> list[Piece]:
         """What this rank keeps, in terms of the parameters that were handed over."""
-        if self.inner is None:
-            return []
+        state = {p: some for optimizer in self._own() for p, some in optimizer.state.items()}
         return [
             piece
             for bucket in self._buckets
-            for part in bucket.local
-            for moment, value in self.inner.state[part.tensor].items()
+            for part in (*bucket.leads, *bucket.local, *bucket.follows)
+            for moment, value in state[part.tensor].items()
             for piece in bucket.pieces(part, moment, value)
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optim.cuts import ALIGN, Cuts, share_out
+from optim.homes import Place
 
 T = TypeVar("T", bound=Tensor)  # such as a parameter
 
@@ -45,23 +46,60 @@ class Run(NamedTuple):
 
 @dataclass
 class Bucket:
-    """Tensors side by side in flat buffers, every element of which belongs to a rank."""
+    """Tensors side by side in flat buffers, every element of which belongs to a rank.
+
+    After `move`, what `cuts` have as `halves` is done in two: the rank where the state of an
+    element is at home leads, the rank that the element belongs to follows.
+    """
 
     members: list[Tensor]
     starts: list[int]  # first element of each
     cuts: list[Cuts] | None  # where each may be cut; None: anywhere, each rank has one equal run
     runs: list[Run]  # from the first to the last element
-    params: Tensor  # the members become views of it
-    grads: Tensor  # likewise; their gradients become views of it
+    size: int
     rank: int
-    mine: list[Tensor] = field(default_factory=list)  # sums of the gradients of this rank's runs
+    moved: list[Run] = field(default_factory=list)  # at home elsewhere, there
+    homes: list[Run] = field(init=False)  # where gradients are reduced; `runs`, but for `moved`
+    params: Tensor = field(init=False)  # the members become views of it
+    grads: Tensor = field(init=False)  # likewise; their gradients become views of it
+    mine: list[Tensor] = field(default_factory=list)  # sums of the gradients at home on this rank
     slots: list[Tensor] = field(default_factory=list)  # the gradient of each member
-    local: list[Local] = field(default_factory=list)
+    local: list[Local] = field(default_factory=list)  # updated in one go
+    leads: list[Local] = field(default_factory=list)
+    follows: list[Local] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.homes = self.runs
 
     @property
     def own(self) -> list[Run]:
         """This rank's runs."""
         return [run for run in self.runs if run.rank == self.rank]
+
+    def halved(self, index: int) -> bool:
+        """Whether a member is updated in two halves."""
+        return bool(self.moved and self.cuts[index].halves)
+
+    def movable(self, number: int) -> Iterable[Place]:
+        """Elements whose state may be at home anywhere; of this bucket, which is `number`."""
+        for i, (p, start) in enumerate(zip(self.members, self.starts, strict=True)):
+            for run in self.runs if self.cuts and self.cuts[i].halves else ():
+                a, b = max(run.start, start), min(run.stop, start + room(p))
+                if a < b:
+                    yield Place(run.rank, number, i, a, b)
+
+    def move(self, places: Iterable[Place]) -> None:
+        """Let the state of these elements be at home there; before `take`."""
+        self.moved = sorted((Run(p.rank, p.start, p.stop) for p in places), key=lambda r: r.start)
+        self.homes, waiting = [], list(self.moved)
+        for run in self.runs:
+            start = run.start
+            while waiting and waiting[0].start < run.stop:
+                away = waiting.pop(0)
+                self.homes += [run._replace(start=start, stop=away.start), away]
+                start = away.stop
+            self.homes.append(run._replace(start=start))
+        self.homes = [home for home in self.homes if home.start < home.stop]
 
     @torch.no_grad()
     def take(self) -> None:
@@ -73,6 +111,9 @@ class Bucket:
         for p in self.members:
             if not p.is_contiguous():
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} is not contiguous")
+        like = self.members[0]
+        self.params = torch.zeros(self.size, dtype=like.dtype, device=like.device)
+        self.grads = torch.zeros_like(self.params)
         for p, start in zip(self.members, self.starts, strict=True):
             place, slot = (t[start : start + p.numel()] for t in (self.params, self.grads))
             place.copy_(p.reshape(-1))
@@ -80,30 +121,36 @@ class Bucket:
             self.slots.append(slot.view(p.shape))
             p.grad = self.slots[-1]
         # What is reduced to a rank stays where it is; reduce-scatter wants a place of its own.
-        self.mine = [self.grads[run.start : run.stop] for run in self.own]
+        homes = [home for home in self.homes if home.rank == self.rank]
+        self.mine = [self.grads[home.start : home.stop] for home in homes]
         if self.cuts is None:
             self.mine = [torch.zeros_like(mine) for mine in self.mine]
-        for run, mine in zip(self.own, self.mine, strict=True):
-            self.local += self._in_run(run, mine)
+            self.local = self._anywhere(self.own[0], self.mine[0])
+            return
+        parts = [part for run in self.own for part in self._parts(run)]
+        self.local = [part for part in parts if not self.halved(part.index)]
+        self.follows = [part for part in parts if self.halved(part.index)]
+        parts = [part for home in homes for part in self._parts(home)]
+        self.leads = [part for part in parts if self.halved(part.index)]
 
-    def _in_run(self, run: Run, sums: Tensor) -> list[Local]:
-        """What this rank updates in one of its runs."""
+    def _anywhere(self, run: Run, sums: Tensor) -> list[Local]:
+        """What this rank updates as one, of the members that lie in its run."""
+        size = min(run.stop, self.starts[-1] + self.members[-1].numel()) - run.start
+        if size <= 0:
+            return []
+        part = self.params[run.start : run.start + size]
+        part.grad = sums[:size]
+        return [Local(part, None, 0, size)]
 
-        def local(a: int, b: int, shape: Sequence[int], index: int | None, start: int) -> Local:
-            part = self.params[a:b].view(shape)
-            part.grad = sums[a - run.start : b - run.start].view(shape)
-            return Local(part, index, start, start + b - a)
-
-        if self.cuts is None:
-            end = min(run.stop, self.starts[-1] + self.members[-1].numel())
-            size = end - run.start
-            return [local(run.start, end, (size,), None, 0)] if size > 0 else []
-        found = []
+    def _parts(self, run: Run) -> Iterable[Local]:
+        """The members, or parts of them, in one of this rank's runs."""
         for i, (p, start) in enumerate(zip(self.members, self.starts, strict=True)):
             a, b = max(run.start, start), min(run.stop, start + p.numel())
             if a < b:
-                found.append(local(a, b, _part_shape(p, a - start, b - start), i, a - start))
-        return found
+                shape = _part_shape(p, a - start, b - start)
+                part = self.params[a:b].view(shape)
+                part.grad = self.grads[a:b].view(shape)
+                yield Local(part, i, a - start, b - start)
 
     def mend(self, index: int) -> None:
         """Take a member's gradient back where someone else has made or removed it."""
@@ -154,7 +201,7 @@ def cut_anywhere(members: list[Tensor], rank: int, world: int) -> Bucket:
     size = _round(-(-sum(rooms) // world), members[0].element_size())
     starts = [sum(rooms[:i]) for i in range(len(rooms))]
     runs = [Run(r, r * size, (r + 1) * size) for r in range(world)]
-    return Bucket(members, starts, None, runs, *_buffers(members[0], size * world), rank)
+    return Bucket(members, starts, None, runs, size * world, rank)
 
 
 def cut_between(members: list[Tensor], cuts: list[Cuts], rank: int, loads: list[int]) -> Bucket:
@@ -178,7 +225,7 @@ def cut_between(members: list[Tensor], cuts: list[Cuts], rank: int, loads: list[
         else:
             runs.append(Run(span.rank, runs[-1].stop if runs else 0, stop))
     ordered = [[some[i] for i in order] for some in (members, cuts)]
-    return Bucket(ordered[0], starts, ordered[1], runs, *_buffers(members[0], end), rank)
+    return Bucket(ordered[0], starts, ordered[1], runs, end, rank)
 
 
 def by_kind(params: Sequence[T]) -> list[list[T]]:
@@ -200,11 +247,6 @@ def chunks(params: Sequence[T]) -> list[list[T]]:
         groups[-1].append(p)
         size += room(p) * p.element_size()
     return [group for group in groups if group]
-
-
-def _buffers(like: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    params = torch.zeros(size, dtype=like.dtype, device=like.device)
-    return params, torch.zeros_like(params)
 
 
 def _round(elements: int, element_size: int) -> int:

@@ -71,7 +71,8 @@ class MuonLaunch:
     Args:
         params: as `supported` says.
         states: per parameter `momentum_buffer` (float32) and `step` (0-dim float32), which keep
-            their addresses.
+            their addresses. Without the first one the gradient (float32) is what is orthogonalized,
+            where the options are a momentum of 0 and no `nesterov`.
         pieces: per parameter.
         sizes: per parameter, what an orthogonalized piece is multiplied by, beside the rate.
         shadows: per parameter its float32 EMA, or none.
@@ -86,7 +87,7 @@ class MuonLaunch:
         shadows: Sequence[Tensor] | None = None,
     ) -> None:
         self.params, self.shadows = list(params), list(shadows or ())
-        self.kept = [(state["momentum_buffer"], state["step"]) for state in states]
+        self.kept = [(state.get("momentum_buffer"), state["step"]) for state in states]
         self.pieces = [
             Piece(i, k * p.numel() // n, p.shape[0] // n, p.shape[1])
             for i, (p, n) in enumerate(zip(params, pieces, strict=True))
@@ -223,7 +224,8 @@ class MuonLaunch:
             i, skip = piece.param, piece.skip
             momentum, step = self.kept[i]
             columns[0].append(pointers[n + i] + skip * item)
-            columns[1].append(momentum.data_ptr() + skip * 4)
+            alone = momentum is None  # 0 * g + g
+            columns[1].append((pointers[n + i] if alone else momentum.data_ptr()) + skip * 4)
             columns[2].append(pointers[i] + skip * item)
             columns[3].append(step.data_ptr() if skip == 0 else 0)
             columns[4].append(self.shadows[i].data_ptr() + skip * 4 if self.shadows else 0)

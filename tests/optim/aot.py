@@ -20,7 +20,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import optim.kernels
-from optim.kernels import adam_mini, formats, large_blocks, muon, ns_kernels, ns_table, tiles
+from optim.kernels import (
+    adam_mini,
+    formats,
+    large_blocks,
+    momentum,
+    muon,
+    ns_kernels,
+    ns_table,
+    tiles,
+)
 from optim.kernels.adam import adam_kernel
 from optim.kernels.norm import norm_kernel
 from optim.kernels.sparse import (
@@ -101,6 +110,9 @@ def muon_cases(capability: int) -> Iterator[Case]:
     types = {**table, **SCALARS, "partials": "*fp32", "pieces": "i32", "momentum": "fp32"}
     constants = {**flags, "HAS_FOUND": True, "BLOCK": 2048}
     yield Case(muon.momentum_kernel, types, constants, 8, ("ld.global.v4",))
+    constants = {k: v for k, v in constants.items() if k != "DTYPE"}
+    lead = {**types, "tensors": "i32"}
+    yield Case(momentum.lead_kernel, lead, constants, 8, ("ld.global.v4",))
     types |= {"buffers": "*u8", "tile_piece": "*i32", "tile_row": "*i32", "tile_column": "*i32"}
     types |= {"shapes": "*i32", "offsets": "*i64", "counts": "*i32", "safety": "fp32"}
     sides = {"FIELDS": muon.FIELDS, "SIDE": muon.SIDE, "WIDE": False}

@@ -156,3 +156,51 @@ def test_muon_notices_what_changes_between_steps():
             opt.step()
         pair.append([p.detach().clone() for _, p in named])
     assert all(torch.equal(p, q) for p, q in zip(*pair, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": False, "coefficients": "polar_express"}])
+@pytest.mark.parametrize("fused", ["off", "on"])
+def test_two_halves_are_a_step_to_the_bit(fused, options):
+    """Momenta kept in parts, one cut within a row; scaled gradients, a gated step, another rate."""
+    named, whole = muon(fused, **options)
+    twins = [(n, p.detach().clone().requires_grad_()) for n, p in named]
+    matrices = next(g for g in whole.param_groups if g["kind"] == "muon")
+    is_matrix = dict.fromkeys(matrices["param_names"], True)
+    follow = Muon(
+        [
+            {"params": [t for t in twins if t[0] in is_matrix], "kind": "orthogonal",
+             "pieces": matrices["pieces"]},
+            {"params": [t for t in twins if t[0] not in is_matrix], "kind": "adam"},
+        ],
+        0.02, fused=fused, **options,
+    )  # fmt: skip
+    parts = []
+    for name, q in twins:
+        q.grad = torch.zeros_like(q)
+        for a, b in ((0, 700), (700, q.numel())) if name in is_matrix else ():
+            part = q.detach().view(-1)[a:b]
+            part.grad = q.grad.view(-1)[a:b]
+            parts.append(part)
+    lead = Muon([{"params": parts, "kind": "momentum"}], 0.02, fused=fused, **options)
+    assert [set(lead.state[p]) for p in parts] == [{"momentum_buffer"}] * len(parts)
+    assert all("momentum_buffer" not in state for state in follow.state.values())
+    for seed in range(5):
+        set_grads(named, seed)
+        for (_, p), (_, q) in zip(named, twins, strict=True):
+            q.grad.copy_(p.grad)
+        settings = {"found_inf": torch.tensor(float(seed == 2), device=DEVICE)}
+        if seed != 3:
+            settings["grad_scale"] = torch.tensor(3.0, device=DEVICE)
+        if seed == 4:
+            whole.set_lr(0.3)
+            follow.set_lr(0.3)
+        for optimizer in (whole, lead, follow):
+            optimizer.step(**settings)
+        for (name, p), (_, q) in zip(named, twins, strict=True):
+            assert torch.equal(p, q), (name, seed)
+    for name, p in named:
+        kept = whole.state[p]
+        assert torch.equal(kept["step"], follow.state[dict(twins)[name]]["step"])
+    momenta = [lead.state[p]["momentum_buffer"] for p in parts]
+    wanted = [whole.state[p]["momentum_buffer"].flatten() for n, p in named if n in is_matrix]
+    assert torch.equal(torch.cat(momenta), torch.cat(wanted))

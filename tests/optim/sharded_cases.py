@@ -69,7 +69,8 @@ def check_pieces(
     its share and 2 %."""
     rank, world = dist.get_rank(), dist.get_world_size()
     cls, pieces = type(whole), shared.pieces()
-    own = [] if shared.inner is None else shared.inner.state.values()
+    halves = [half for half in (shared.lead, shared.inner) if half is not None]
+    own = [state for half in halves for state in half.state.values()]
     storages = {t.untyped_storage().data_ptr() for state in own for t in state.values()}
     assert storages == {piece.tensor.untyped_storage().data_ptr() for piece in pieces}
     names = {p: i for i, p in enumerate(twins)}
@@ -88,6 +89,7 @@ def check_pieces(
     full = sum(t.numel() for t in built.values())
     kept = sum(piece.tensor.numel() for piece in pieces)
     assert kept <= full * (1 / world + 0.02), f"{cls.__name__}: {kept} of {full}"
+    assert cls is not Muon or world < 4 or shared.lead is not None  # momenta without a matrix
     print(f"{cls.__name__} rank {rank}: {kept / full:.1%} of the state")
 
 
