@@ -158,6 +158,50 @@ def use_elsewhere(device: torch.device) -> None:
                 raise AssertionError("loaded another rank's share")
 
 
+def use_halves(device: torch.device) -> None:
+    """Five equal matrices, for two to four ranks: groups of kinds and rates of their own, options
+    changed and saved on the way, gradients averaged, a step held back."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sizes = {**{f"fc{i}": (64, 96) for i in range(5)}, "norm": (96,)}
+    rng = torch.Generator().manual_seed(2)
+    start = {n: torch.randn(size, generator=rng, dtype=torch.float64) for n, size in sizes.items()}
+
+    def groups() -> list[dict[str, object]]:
+        own = [(n, p.clone().to(device).requires_grad_()) for n, p in start.items()]
+        return [{"params": own[:5], "kind": "muon", "lr": 0.02, "momentum": 0.8},
+                {"params": own[5:], "kind": "adam", "lr": 0.1}]  # fmt: skip
+
+    one, two = groups(), groups()
+    params = [[p for group in some for _, p in group["params"]] for some in (one, two)]
+    pairs = list(zip(*params, strict=True))
+    whole = Muon(one, lr=1e-3)
+    shared = ShardedOptimizer(two, Muon, lr=1e-3, mean=True)
+    moved = [run for bucket in shared._buckets for run in bucket.moved]
+    assert moved and {run.rank for run in shared._buckets[0].homes} == set(range(world))
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.7) for o in (whole, shared)]
+    for step in range(8):
+        for p, q in pairs:
+            grads = torch.randn(world, *p.shape, generator=rng, dtype=p.dtype).to(device)
+            p.grad, q.grad = grads.mean(0), grads[rank].clone()
+        if step == 3:
+            for optimizer in (whole, shared):
+                optimizer.param_groups[0] |= {"momentum": 0.5, "weight_decay": 0.3}
+        found = torch.tensor(float(step == 2), device=device)
+        for optimizer in (whole, shared):
+            optimizer.step(found_inf=found)
+        for schedule in schedules:
+            schedule.step()
+        if step == 4:
+            saved = copy.deepcopy(shared.state_dict())
+            for optimizer in filter(None, (shared.lead, shared.inner)):
+                for tensor in (t for state in optimizer.state.values() for t in state.values()):
+                    tensor.fill_(7.0)
+            shared.load_state_dict(saved)
+        for p, q in pairs:
+            assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), f"step {step}"
+    check_pieces(whole, shared, {q: p for p, q in pairs})
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -169,5 +213,6 @@ if __name__ == "__main__":
         compare(kind, place)
         compare_bits(kind, place)
     use_elsewhere(place)
+    use_halves(place)
     dist.barrier()
     dist.destroy_process_group()

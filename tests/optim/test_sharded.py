@@ -32,4 +32,4 @@ def test_equal_to_the_whole_with_a_share_of_the_state(device, ranks):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(call, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("of the state") == 4 * ranks
+    assert done.stdout.count("of the state") == 5 * ranks
