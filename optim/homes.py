@@ -22,9 +22,8 @@ class Place(NamedTuple):
 def even_out(places: Sequence[Place], loads: Sequence[int]) -> list[Place]:
     """The parts of `places` that are to be kept by another rank, which is theirs in the answer.
 
-    Nothing moves unless the fullest rank keeps over 1 % more than the average. Then those that do
-    give the ends of their largest places to the emptiest ranks. What a rank keeps of a parameter
-    is in one piece.
+    Who keeps over 1 % more than the average gives the ends of its largest places to the emptiest
+    ranks. What a rank keeps of a parameter is in one piece.
 
     Args:
         places: what may be moved, and where it is.
@@ -32,13 +31,12 @@ def even_out(places: Sequence[Place], loads: Sequence[int]) -> list[Place]:
     """
     loads = list(loads)
     average = -(-sum(loads) // len(loads))
+    most = average + average // 100
     keepers = {place[:3] for place in places}
     moved = []
     for place in sorted(places, key=lambda p: (p.start - p.stop, p)):
-        if loads[place.rank] <= average + average // 100:
-            continue
         stop = place.stop
-        while loads[place.rank] > average and stop > place.start:
+        while loads[place.rank] > most and stop > place.start:
             free = [r for r in range(len(loads)) if (r, *place[1:3]) not in keepers]
             taker = min(free, key=lambda r: (loads[r], r), default=place.rank)
             size = min(loads[place.rank] - average, average - loads[taker])
