@@ -31,8 +31,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     Makes parameters and gradients views of flat buffers; gradients keep their addresses and are
     cleared in place. `step` reduces them, unless `arm` let the backward do so as they came, updates
-    this rank's share and gathers the parameters. What is equal on all ranks before is after it.
-    Learning rates and other options may be changed in `param_groups`, as a scheduler does.
+    this rank's share and gathers the parameters. What is equal on all ranks before is after it;
+    gradients hold nothing of use then. Learning rates and other options may be changed in
+    `param_groups`, as a scheduler does.
 
     Args:
         params: tensors, (name, tensor) pairs or groups: the same on every rank, equal in value.
@@ -43,7 +44,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             the fullest rank has as little as can be. None: as `cls.elementwise` says, else not
             cut, which is right for any optimizer.
         divide: where parameters, given as (name, tensor) pairs with the options of their group, may
-            be cut. None: as `cls.divide` says, else nowhere.
+            be cut, and whose state may be apart from what is updated (see `Cuts`). None: as
+            `cls.divide` says, else nowhere.
         mean: average the gradients (as DistributedDataParallel does), else add them up.
         options: for `cls`.
 

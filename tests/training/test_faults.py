@@ -44,10 +44,12 @@ def said(errors: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", ["optim.sharded=false", "optim.sharded=true"])
-def test_ten_kills_of_one_of_four_ranks(tmp_path, sharded):
+@pytest.mark.parametrize(
+    "settings", ["optim.sharded=false", "optim.sharded=true", "optim=muon optim.sharded=true"]
+)
+def test_ten_kills_of_one_of_four_ranks(tmp_path, settings):
     """In steps, while gathering, saving and evaluating: the end is that of an undisturbed run."""
-    recipe = (*RECIPE, sharded)
+    recipe = (*RECIPE, *settings.split())
     whole = torchrun(tmp_path, 4, *recipe, "run_name=whole")
     assert whole.returncode == 0, whole.stderr[-3000:]
     moments = random.Random(7)
