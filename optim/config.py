@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
+Betas = Annotated[
+    tuple[Beta, Beta],
+    Field(description="decay rates of the first and the second moment, in [0, 1)"),
+]
+Eps = Annotated[float, Field(ge=0.0, description="added to the root of the second moment")]
+Decay = Annotated[
+    float,
+    Field(ge=0.0, description="decoupled decay: each step takes lr * weight_decay of a weight"),
+]
 
 _OURS = {"name", "sharded"}  # keys that are not for the optimizer's class
 
@@ -57,12 +65,8 @@ class AdamATan2Config(OptimizerConfig):
     name: Literal["adam_atan2"] = Field(
         "adam_atan2", description="which optimizer: a key of OPTIMIZERS"
     )
-    betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.95), description="decay rates of the first and the second moment, in [0, 1)"
-    )
-    weight_decay: float = Field(
-        0.1, ge=0.0, description="decoupled decay: each step takes lr * weight_decay of a weight"
-    )
+    betas: Betas = (0.9, 0.95)
+    weight_decay: Decay = 0.1
     a: float = Field(1.0, gt=0.0, description="scale of the update")
     b: float = Field(1.0, gt=0.0, description="scale of the second moment inside the atan2")
     bias_correction: Literal["outside", "inside"] = Field(
@@ -84,13 +88,9 @@ class AdamWConfig(OptimizerConfig):
     elementwise: ClassVar[bool] = True
 
     name: Literal["adamw"] = Field("adamw", description="which optimizer: a key of OPTIMIZERS")
-    betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.95), description="decay rates of the first and the second moment, in [0, 1)"
-    )
-    eps: float = Field(1e-8, ge=0.0, description="added to the root of the second moment")
-    weight_decay: float = Field(
-        0.1, ge=0.0, description="decoupled decay: each step takes lr * weight_decay of a weight"
-    )
+    betas: Betas = (0.9, 0.95)
+    eps: Eps = 1e-8
+    weight_decay: Decay = 0.1
 
     def build(
         self, named_parameters: Sequence[tuple[str, Parameter]], lr: float
@@ -107,9 +107,7 @@ class MuonConfig(OptimizerConfig):
     name: Literal["muon"] = Field("muon", description="which optimizer: a key of OPTIMIZERS")
     momentum: Beta = Field(0.95, description="decay rate of the momentum, in [0, 1)")
     nesterov: bool = Field(True, description="whether the momentum looks one step ahead")
-    weight_decay: float = Field(
-        0.1, ge=0.0, description="decoupled decay: each step takes lr * weight_decay of a weight"
-    )
+    weight_decay: Decay = 0.1
     scaling: Literal["moonlight", "keller"] = Field(
         "moonlight",
         description="size of an update: 0.2 * sqrt(longer side), as large as AdamW's, or "
@@ -156,13 +154,9 @@ class AdamMiniConfig(OptimizerConfig):
     name: Literal["adam_mini"] = Field(
         "adam_mini", description="which optimizer: a key of OPTIMIZERS"
     )
-    betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.95), description="decay rates of the first and the second moment, in [0, 1)"
-    )
-    eps: float = Field(1e-8, ge=0.0, description="added to the root of the second moment")
-    weight_decay: float = Field(
-        0.1, ge=0.0, description="decoupled decay: each step takes lr * weight_decay of a weight"
-    )
+    betas: Betas = (0.9, 0.95)
+    eps: Eps = 1e-8
+    weight_decay: Decay = 0.1
     num_heads: int | None = Field(
         None, ge=1, description="attention heads of the model, for the blocks of queries and keys"
     )

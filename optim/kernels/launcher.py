@@ -52,7 +52,7 @@ class Launcher:
         """Launch on the current stream of the device."""
         if self.device.type != "cuda":  # the interpreter
             self.kernel[self.grid](*changing, **self.fixed, **self.options)
-        elif not _several() or torch.cuda.current_device() == self.device.index:
+        elif _here(self.device):
             self._launch(changing)
         else:
             with torch.cuda.device(self.device):
@@ -101,7 +101,7 @@ class Kernel:
         """
         if device.type != "cuda":  # the interpreter
             self.kernel[grid](*arguments, **constants, **options)
-        elif not _several() or torch.cuda.current_device() == device.index:
+        elif _here(device):
             self._launch(grid, device, arguments, constants, kinds, options)
         else:
             with torch.cuda.device(device):
@@ -212,8 +212,7 @@ def repeat_all(launches: Sequence[Repeat], device: torch.device) -> None:
 
 def is_current(device: torch.device) -> bool:
     """Whether a launch may be repeated there: on CUDA's current device, with no profiler asking."""
-    here = not _several() or torch.cuda.current_device() == device.index
-    return device.type == "cuda" and here and not _hooked()
+    return device.type == "cuda" and _here(device) and not _hooked()
 
 
 def _hooked() -> bool:
@@ -221,6 +220,11 @@ def _hooked() -> bool:
     runtime = knobs.runtime
     first, last = runtime.launch_enter_hook, runtime.launch_exit_hook  # or None
     return bool(getattr(first, "calls", first) or getattr(last, "calls", last))
+
+
+def _here(device: torch.device) -> bool:
+    """Whether this is CUDA's current device."""
+    return not _several() or torch.cuda.current_device() == device.index
 
 
 @lru_cache(maxsize=1)

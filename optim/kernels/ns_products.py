@@ -92,11 +92,10 @@ class Products:
         )
         flags = {"HAS_ADD": scales[1] != 0.0, "HAS_SECOND": second is not None}
         sizes = {"BM": block.bm, "BN": block.bn, "BK": block.bk}
-        options = {"num_warps": block.warps, "num_stages": block.stages}
         if not self.path.tma:
             arguments = (x, y, out, order, *numbers)
             grid = (order.numel(), products)
-            self._run(_symmetric, grid, arguments, {**flags, **sizes}, None, **options)
+            self._run(_symmetric, block, grid, arguments, {**flags, **sizes}, None)
             return
         total = order.numel() * products
         square = (block.bm, block.bm)
@@ -107,11 +106,7 @@ class Products:
             self._descriptor(out, *square),
             *(order, order.numel(), *numbers, total),
         )
-        constants = {**flags, **sizes, "FLATTEN": block.persistent}
-        grid = (min(total, self.programs) if block.persistent else total,)
-        # sides are multiples of 64, and nothing else is specialized on
-        kinds = (x.dtype, out.dtype)
-        self._run(_symmetric_tma, grid, arguments, constants, kinds, **options)
+        self._run_tma(_symmetric_tma, block, total, arguments, {**flags, **sizes}, (x, out))
 
     def update(
         self,
@@ -148,22 +143,35 @@ class Products:
             *(rows, columns, size, alpha, beta, *p_slot, total),
         )
         constants = {"HAS_ADD": beta != 0.0, "BM": block.bm, "BN": block.bn, "BK": block.bk}
-        constants |= {"GROUP": 8, "FLATTEN": block.persistent}
-        options = {"num_warps": block.warps, "num_stages": block.stages}
+        self._run_tma(_update_tma, block, total, arguments, {**constants, "GROUP": 8}, (x, out))
+
+    def _run_tma(
+        self,
+        kernel: Kernel,
+        block: Block,
+        total: int,
+        arguments: Sequence[Any],
+        constants: dict[str, Any],
+        tensors: tuple[Tensor, Tensor],
+    ) -> None:
+        """Launch over `total` tiles: a program each, or persistent ones for all multiprocessors."""
         grid = (min(total, self.programs) if block.persistent else total,)
-        kinds = (x.dtype, out.dtype)
-        self._run(_update_tma, grid, arguments, constants, kinds, **options)
+        constants = {**constants, "FLATTEN": block.persistent}
+        # sides are multiples of 64, and nothing else is specialized on
+        kinds = tuple([t.dtype for t in tensors])
+        self._run(kernel, block, grid, arguments, constants, kinds)
 
     def _run(
         self,
         kernel: Kernel,
+        block: Block,
         grid: tuple[int, ...],
         arguments: Sequence[Any],
         constants: dict[str, Any],
         kinds: tuple[Any, ...] | None,
-        **options: Any,
     ) -> None:
         """Launch, and note how to do so again."""
+        options = {"num_warps": block.warps, "num_stages": block.stages}
         if self.program is None:
             kernel(grid, self.device, arguments, constants, kinds, **options)
             return
