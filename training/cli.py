@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -291,7 +292,10 @@ def help_text(config_name: str, schema: type[BaseModel]) -> str:
     lines += ["", "presets (config/GROUP/PRESET.yaml)"]
     for group in GROUPS:
         if group in schema.model_fields or config_name == "cfg_pretrain":
-            lines.append(f"  {group + '=':<13}{', '.join(choices(group))}")
+            names = ", ".join(choices(group))
+            lines += wrap(
+                names, 100, initial_indent=f"  {group + '=':<13}", subsequent_indent=15 * " "
+            )
     lines += ["", "keys, with their values in this configuration"]
     lines += _describe(schema, values, "")
     multirun = "-m (several values per key), " if config_name == "cfg_pretrain" else ""
