@@ -109,5 +109,5 @@ if [ $thinking = yes ]; then
   echo "== test-time compute on the same weights"
   "$python" scripts/thinking_curve.py checkpoint="runs/weights/$name" "${test_data[@]}" \
     output_dir="$run" eval.augment=true --depth 16 64 --breadth 1 2 4 8 16 \
-    --select halt vote --confidence 0.9 0.99 --agree 1 2 3 --out "$run/thinking-curve"
+    --select halt vote --confidence 0.99 --agree 1 2 3 --out "$run/thinking-curve"
 fi
