@@ -54,7 +54,9 @@ def resolve_at(  # noqa: ANN201
     """The evaluation at one depth, confidence and agreement, with the largest breadth."""
     more = [f"eval.depth={depth}", f"eval.breadth={breadth}"]
     if confidence is not None:
-        more += ["eval.early_halt=true", f"eval.confidence={confidence}", f"eval.agree={agree}"]
+        more += ["eval.early_halt=true", f"eval.confidence={confidence}"]
+    if agree > 1:
+        more += [f"eval.agree={agree}", "eval.select=vote"]
     arguments = preflight("cfg_evaluate", EvaluateConfig, [*overrides, *more])
     return resolve_evaluation(compose_values("cfg_evaluate", arguments))
 

@@ -85,6 +85,8 @@ class ThinkConfig(EvalConfig):
             raise ValueError("confidence needs early_halt=true")
         if self.agree > 1 and not self.early_halt:
             raise ValueError(f"agree={self.agree} needs early_halt=true")
+        if self.agree > 1 and self.select != "vote":
+            raise ValueError(f"agree={self.agree} needs select=vote, the answer that is shared")
         if self.agree > self.breadth:
             raise ValueError(f"agree={self.agree} is more than breadth={self.breadth} trajectories")
         if self.breadth == 1 and varied:

@@ -272,7 +272,7 @@ EVALUATE = (
     ("checkpoint=good eval.depth=0", r"eval\.depth=0"),
     ("checkpoint=good eval.breadth=2", r"breadth=2 trajectories would all be the same"),
     ("checkpoint=good eval.breadth=2 eval.noise=1 eval.agree=2", r"agree=2 needs early_halt=true"),
-    ("checkpoint=good eval.early_halt=true eval.agree=2", r"agree=2 is more than breadth=1"),
+    ("checkpoint=good eval.early_halt=true eval.agree=2", r"agree=2 needs select=vote"),
     ("checkpoint=good eval.breadth=2 eval.noise=-1", r"eval\.noise=-1"),
     ("checkpoint=foreign.safetensors data=sudoku4", r"holds no model that is known"),
     ("checkpoint=damagedrun", r"every checkpoint in damagedrun/checkpoints is damaged"),

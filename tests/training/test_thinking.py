@@ -64,7 +64,7 @@ def test_a_surer_head_is_waited_for(solver):
 
 
 def test_a_puzzle_ends_when_enough_sure_trajectories_agree(solver):
-    how = {"depth": 5, "breadth": 6, "noise": 1e-6, "early_halt": True}
+    how = {"depth": 5, "breadth": 6, "noise": 1e-6, "early_halt": True, "select": "vote"}
     runs = {agree: think(solver, 2, agree=agree, **how) for agree in (1, 2, 6)}
     for agree, found in runs.items():
         for p in range(len(found.steps)):
@@ -77,8 +77,10 @@ def test_a_puzzle_ends_when_enough_sure_trajectories_agree(solver):
     assert np.array_equal(runs[1].answers[same], runs[2].answers[same])
     with pytest.raises(ValueError, match="agree=2 needs early_halt"):
         ThinkConfig(breadth=2, augment=True, agree=2)
+    with pytest.raises(ValueError, match="agree=2 needs select=vote"):
+        ThinkConfig(breadth=2, augment=True, early_halt=True, agree=2)
     with pytest.raises(ValueError, match="agree=3 is more than breadth=2"):
-        ThinkConfig(breadth=2, augment=True, early_halt=True, agree=3)
+        ThinkConfig(breadth=2, augment=True, early_halt=True, select="vote", agree=3)
 
 
 @pytest.mark.parametrize("how", [{"noise": 0.5}, {"random_init": True}, {"augment": True}])
