@@ -16,6 +16,11 @@ from models.kernels import usable
 from models.layers import Linear, RotaryTable
 
 
+def _tables(rope: RotaryTable | None) -> tuple[Tensor | None, Tensor | None]:
+    """Cosines and sines, (L, head_dim) each, or None where nothing is rotated."""
+    return (None, None) if rope is None else (rope.cos, rope.sin)
+
+
 class Attention(nn.Module):
     """softmax(q kᵀ / sqrt(head_dim)) v over all tokens (or the earlier ones, if causal)."""
 
@@ -73,13 +78,27 @@ class Attention(nn.Module):
 
         return linear_beside(x_BLD, self.qkv.weight, self.qkv.half, self.qkv_t)
 
+    def _projects(self, x_BLD: Tensor) -> bool:
+        """Whether the fused attention over many tokens makes q, k and v itself."""
+        from models.kernels import long_attention as long
+
+        long_one = self._kernel(x_BLD) is long.long_attention
+        return long_one and not self.qkv.fp8 and long.takes_product(x_BLD)
+
     def mix(self, x_BLD: Tensor, rope: RotaryTable | None) -> tuple[Tensor, Tensor]:
         """What the heads have gathered, side by side, before the last map; and x_BLD.
 
         Both (B, L, D). With the second in its residual a block spares its backward pass a sum.
         """
-        qkv, x_BLD = self._to_qkv(x_BLD)
-        mixed = self._gather(qkv, rope, self._kernel(x_BLD))
+        kernel = self._kernel(x_BLD)
+        if kernel is not None and self._projects(x_BLD):
+            from models.kernels.long_attention import projected_attention
+
+            weights = self.qkv.weight, self.num_heads, *_tables(rope), self.qkv.half, self.qkv_t
+            mixed, x_BLD = projected_attention(x_BLD, *weights)
+        else:
+            qkv, x_BLD = self._to_qkv(x_BLD)
+            mixed = self._gather(qkv, rope, kernel)
         if self.norm_eps is not None:  # bounds what the last map is given, as in `normed_gate`
             mixed = F.rms_norm(mixed, mixed.shape[-1:], eps=self.norm_eps)
         return mixed, x_BLD
@@ -89,8 +108,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[q | k | v] (B, L, 3 D) → (B, L, D), by a fused kernel where there is one."""
         if kernel is not None:
-            tables = (None, None) if rope is None else (rope.cos, rope.sin)
-            return kernel(qkv, self.num_heads, *tables)
+            return kernel(qkv, self.num_heads, *_tables(rope))
         qkv = rearrange(qkv, "b l (n h d) -> n b l h d", n=3, h=self.num_heads)
         q, k, v = qkv.unbind(0)
         if rope is not None:

@@ -1,9 +1,11 @@
 # ruff: noqa: ANN001, ANN201  (arguments of Triton functions have no Python types)
-"""Self-attention over 129 to 1,024 tokens, straight from the packed qkv product, RoPE inside.
+"""Self-attention over 129 to 1,024 tokens on Hopper GPUs, RoPE inside, no pass of its own for it.
 
-Kernels for Hopper GPUs: the forward pass, which for the backward also leaves the rotated q and k;
-two that give dqkv, rotated back, and in Triton what those need of each token. No other pass over
-memory is left around attention.
+The product that makes q | k | v rotates q and k in its epilogue, where both halves of a pair are in
+a thread's registers, and scales q so that scores are exponents of 2. Attention reads that, and so
+does its backward, which rotates the gradients back before it writes them: what comes out is the
+gradient of the product's own result. Where a qkv product comes from elsewhere (8 bits, a width that
+the kernel does not take), one pass over memory turns it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.kernels import hopper
 from models.kernels.hopper import attention_long
 from models.kernels.hopper.attention import HEAD_DIM
 from models.kernels.launch import on_hopper, operation
@@ -21,85 +24,107 @@ MIN_TOKENS = 129  # fewer: models.kernels.attention
 
 
 @triton.jit
-def sums_kernel(
-    out_ptr, dout_ptr, lse_ptr, sums_ptr, L, heads, padded, R: tl.constexpr, C: tl.constexpr
+def turn_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, out_ptr, L, heads, scale,
+    ROPE: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """sums (B heads, padded / 2, 4) from out, dout (B, L, heads, C), lse (B heads, L)."""
-    batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    t = tl.program_id(1) * R + tl.arange(0, R)
-    row = (batch.to(tl.int64) * L + t) * heads + head
-    at = row[:, None] * C + tl.arange(0, C)[None, :]
-    inside = t < L
-    out = tl.load(out_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    of_head = tl.program_id(0).to(tl.int64)
-    lse = tl.load(lse_ptr + of_head * L + t, mask=inside, other=float("inf"))
-    to = sums_ptr + of_head * 2 * padded + t // 2 * 4 + t % 2
-    tl.store(to, lse * 1.4426950408889634, mask=t < padded)
-    tl.store(to + 2, tl.sum(out * dout, axis=1), mask=t < padded)
+    """out (B L, 3, heads, 2 H): q and k turned, q times scale; cos, sin (L, 2 H), equal halves."""
+    head, part = tl.program_id(1) % heads, tl.program_id(1) // heads  # of q, k, v
+    t, c = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, H)
+    batch = tl.program_id(2).to(tl.int64)
+    at = (batch * L + t)[:, None] * (3 * heads * 2 * H) + (part * heads + head) * 2 * H + c[None, :]
+    mask = (t < L)[:, None]
+    low = tl.load(qkv_ptr + at, mask=mask, other=0.0)
+    high = tl.load(qkv_ptr + at + H, mask=mask, other=0.0)
+    if part < 2:
+        factor = tl.where(part == 0, scale, 1.0)
+        x, y = low.to(tl.float32) * factor, high.to(tl.float32) * factor
+        if ROPE:
+            cos = tl.load(cos_ptr + t[:, None] * (2 * H) + c[None, :], mask=mask, other=0.0)
+            sin = tl.load(sin_ptr + t[:, None] * (2 * H) + c[None, :], mask=mask, other=0.0)
+            x, y = x * cos - y * sin, y * cos + x * sin
+        low, high = x.to(low.dtype), y.to(high.dtype)
+    tl.store(out_ptr + at, low, mask=mask)
+    tl.store(out_ptr + at + H, high, mask=mask)
 
 
-def backward_sums(out: Tensor, dout: Tensor, lse: Tensor, heads: int, padded: int) -> Tensor:
-    """Of every two tokens: lse / ln 2 twice, Σ out ⊙ dout twice; (B heads, padded / 2, 4) float32.
+def turn(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """[q | k | v] (B, L, 3 D), contiguous, with q and k rotated and q scaled for `_attend`."""
+    batch, length, width = qkv.shape
+    out = torch.empty_like(qkv)
+    if out.numel():
+        turn_kernel[(triton.cdiv(length, 64), 3 * heads, batch)](
+            qkv, cos, sin, out, length, heads, attention_long.SCALE,
+            ROPE=cos is not None, R=64, H=width // heads // 6,
+        )  # fmt: skip
+    return out
 
-    out, dout: (B, L, D). lse: (B, heads, L). Past the end: infinity and zero.
-    """
-    batch, length, width = out.shape
-    sums = lse.new_empty(batch * heads, padded // 2, 4)
-    sums_kernel[(batch * heads, triton.cdiv(padded, 64))](
-        out, dout, lse, sums, length, heads, padded, R=64, C=width // heads
-    )
-    return sums
+
+@operation("loopwright::turned_qkv")
+def _turned(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int) -> Tensor:
+    """`turn` as an operation."""
+    return turn(qkv, heads, cos, sin)
+
+
+@_turned.register_fake
+def _(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+@operation("loopwright::turned_qkv_product")
+def _product(x: Tensor, half: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """`turn` of F.linear(x, half)."""
+    return hopper.linear_rotary(x, half, cos, sin, attention_long.SCALE)
+
+
+@_product.register_fake
+def _(x: Tensor, half: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], half.shape[0]))
 
 
 @operation("loopwright::long_attention")
-def _attend(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, rope: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, L, D) and, if `save`, lse (B, heads, L) and rotated q | k (B, L, 2 D)."""
-    return attention_long.attend(qkv, cos, sin, heads, rope, save)
+def _attend(turned: Tensor, heads: int, save: bool) -> tuple[Tensor, Tensor]:
+    """out (B, L, D) and, if `save`, lse (B, heads, L), of base 2."""
+    return attention_long.attend(turned, heads, save)
 
 
 @_attend.register_fake
-def _(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, rope: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    lse, turned = ((batch, heads, length), (batch, length, 2 * width)) if save else ((1,), (1,))
-    out = qkv.new_empty((batch, length, width))
-    return out, qkv.new_empty(lse, dtype=torch.float32), qkv.new_empty(turned)
+def _(turned: Tensor, heads: int, save: bool) -> tuple[Tensor, Tensor]:
+    batch, length, width = turned.shape[0], turned.shape[1], turned.shape[2] // 3
+    lse = (batch, heads, length) if save else (1,)
+    out = turned.new_empty((batch, length, width))
+    return out, turned.new_empty(lse, dtype=torch.float32)
 
 
 @operation("loopwright::long_attention_backward")
 def _attend_backward(
-    qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, lse: Tensor, turned: Tensor, dout: Tensor,
-    heads: int, rope: bool,
+    turned: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor,
+    heads: int,
 ) -> Tensor:  # fmt: skip
-    """dqkv (B, L, 3 D)."""
-    sums = backward_sums(out, dout, lse, heads, attention_long.padded(out.shape[1]))
-    return attention_long.attend_backward(qkv, cos, sin, turned, dout, sums, heads, rope)
+    """The gradient (B, L, 3 D) of what was turned."""
+    return attention_long.attend_backward(turned, cos, sin, out, lse, dout, heads)
 
 
 @_attend_backward.register_fake
 def _(
-    qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, lse: Tensor, turned: Tensor, dout: Tensor,
-    heads: int, rope: bool,
+    turned: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor,
+    heads: int,
 ) -> Tensor:  # fmt: skip
-    return torch.empty_like(qkv)
+    return torch.empty_like(turned)
 
 
 class _LongAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cos, sin, heads, rope):
-        out, lse, turned = _attend(qkv, cos, sin, heads, rope, True)
-        ctx.save_for_backward(qkv, cos, sin, out, lse, turned)
-        ctx.options = heads, rope
+    def forward(ctx, qkv, cos, sin, heads):
+        turned = _turned(qkv, cos, sin, heads)
+        out, lse = _attend(turned, heads, True)
+        ctx.save_for_backward(turned, cos, sin, out, lse)
+        ctx.heads = heads
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        dqkv = _attend_backward(*ctx.saved_tensors, dout.contiguous(), *ctx.options)
-        return dqkv, None, None, None, None
+        return _attend_backward(*ctx.saved_tensors, dout.contiguous(), ctx.heads), None, None, None
 
 
 def long_attention(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -114,13 +139,73 @@ def long_attention(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | No
         (B, L, D) in the dtype of qkv. Rotation and softmax are in float32; rounded to that dtype
         are the rotated q and k, the probabilities before their division, and the result.
     """
-    rope = cos is not None
-    if not rope:
-        cos, sin = torch.empty(2, 1, dtype=torch.float32, device=qkv.device)
     qkv = qkv.contiguous()
     if torch.is_grad_enabled():
-        return _LongAttention.apply(qkv, cos, sin, heads, rope)
-    return _attend(qkv, cos, sin, heads, rope, False)[0]
+        return _LongAttention.apply(qkv, cos, sin, heads)
+    return _attend(_turned(qkv, cos, sin, heads), heads, False)[0]
+
+
+@operation("loopwright::projected_attention_backward")
+def _projected_backward(
+    x: Tensor, half: Tensor, half_t: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    turned: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dx: Tensor, heads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx + what comes through the attention (B, L, K), and d weight (3 D, K) in float32."""
+    dqkv = attention_long.attend_backward(turned, cos, sin, out, lse, dout, heads)
+    dqkv_MN, x_MK = dqkv.view(-1, dqkv.shape[-1]), x.view(-1, x.shape[-1])
+    dweight = torch.mm(dqkv_MN.t(), x_MK, out_dtype=torch.float32)
+    if half_t is None:
+        return torch.addmm(dx.view(x_MK.shape), dqkv_MN, half).view(x.shape), dweight
+    return hopper.linear_residual(dqkv, half_t, dx), dweight
+
+
+@_projected_backward.register_fake
+def _(
+    x: Tensor, half: Tensor, half_t: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    turned: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dx: Tensor, heads: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), half.new_empty(half.shape, dtype=torch.float32)
+
+
+class _ProjectedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, half, half_t, cos, sin, heads):
+        turned = _product(x, half, cos, sin)
+        out, lse = _attend(turned, heads, True)
+        ctx.save_for_backward(x, half, half_t, cos, sin, turned, out, lse)
+        ctx.heads, ctx.kind = heads, weight.dtype
+        return out, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dout, dx):
+        gradients = dout.contiguous(), dx.contiguous()
+        dx, dweight = _projected_backward(*ctx.saved_tensors, *gradients, ctx.heads)
+        return dx, dweight.to(ctx.kind), *(None,) * 5
+
+
+def projected_attention(
+    x: Tensor, weight: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None,
+    half: Tensor | None = None, half_t: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`long_attention` of F.linear(x, weight); and x once more, for what else it is used for.
+
+    With the second its uses' gradients are summed in the backward's product. See `takes_product`.
+
+    Args:
+        x: (B, L, K).
+        weight: (3 D, K), gets the gradient.
+        heads, cos, sin: as of `long_attention`.
+        half, half_t: the weight in the dtype of x, and that transposed (K, 3 D), contiguous, where
+            they are at hand.
+
+    Returns:
+        (B, L, D) and (B, L, K) in the dtype of x. Of q and k only the rotated ones are rounded.
+    """
+    half = weight.detach().to(x.dtype) if half is None else half
+    x = x.contiguous()
+    if torch.is_grad_enabled():
+        return _ProjectedAttention.apply(x, weight, half, half_t, cos, sin, heads)
+    return _attend(_product(x, half, cos, sin), heads, False)[0], x
 
 
 def supported(x: Tensor, heads: int) -> bool:
@@ -130,3 +215,8 @@ def supported(x: Tensor, heads: int) -> bool:
         return False
     fits = MIN_TOKENS <= length <= attention_long.MAX_TOKENS and width == heads * HEAD_DIM
     return fits and on_hopper(x.device.index)
+
+
+def takes_product(x: Tensor) -> bool:
+    """Whether `projected_attention` takes x (B, L, D), which is `supported`: by its width."""
+    return x.shape[2] % 128 == 0 and x.numel() < x.shape[2] * 2**26

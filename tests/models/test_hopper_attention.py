@@ -147,6 +147,73 @@ def test_long_against_float64(batch, heads, length, rope):
 
 @pytest.mark.gpu
 @on_hopper
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize("batch, heads, length", [(1, 2, 129), (5, 4, 300), (17, 8, 916)])
+def test_projected_against_float64(batch, heads, length, rope):
+    """The product with the rotation in it, attention, and the sum of x's two gradients."""
+    from models.kernels.long_attention import projected_attention
+
+    width = heads * 64
+    _, dout, table = draw(batch, length, heads)
+    x, dx = (torch.randn(batch, length, width, device="cuda").bfloat16() for _ in range(2))
+    weight = torch.randn(3 * width, width, device="cuda") / width**0.5
+    half = weight.bfloat16()
+    tables = (table.cos, table.sin) if rope else (None, None)
+    wide, wide_weight = x.double().requires_grad_(), half.double().requires_grad_()
+    expected, _ = plain(wide @ wide_weight.mT, heads, *tables, False)
+    torch.autograd.backward((expected, wide), (dout.double(), dx.double()))
+    with torch.no_grad():
+        alone, _ = projected_attention(x, weight, heads, *tables, half)
+    assert relative(alone, expected.detach()) < 5e-3
+    for half_t in (None, half.t().contiguous()):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        out, beside = projected_attention(*leaves, heads, *tables, half, half_t)
+        assert torch.equal(out, alone) and torch.equal(beside, x)
+        torch.autograd.backward((out, beside), (dout, dx))
+        assert relative(leaves[0].grad, wide.grad) < 1e-2
+        assert relative(leaves[1].grad, wide_weight.grad) < 1e-2
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("extreme", [12.0, 60.0, "low"])
+def test_long_extreme_scores(extreme):
+    """Sums that leave float32 without a maximum: those heads are done again, with it."""
+    from models.kernels import long_attention as long
+
+    qkv, dout, table = draw(3, 200, 4)
+    rows = qkv[1].view(200, 3, 4, 64)
+    before, tables = rows[:, :, 2].clone(), (table.cos, table.sin)
+    if extreme == "low":  # all scores of a head near -690
+        rows[:, 1, 2] = 1 + 0.02 * torch.randn(200, 64, device="cuda").bfloat16()
+        rows[:, 0, 2] = -60
+        tables = (None, None)
+    else:  # its diagonal at 140 or 690
+        rows[:, 0, 2] = rows[:, 1, 2] * extreme
+
+    def run(qkv):
+        leaf = qkv.clone().requires_grad_()
+        out = long.long_attention(leaf, 4, *tables)
+        out.backward(dout)
+        return out.detach(), leaf.grad
+
+    wide = qkv.double().requires_grad_()
+    expected, _ = plain(wide, 4, *tables, False)
+    expected.backward(dout.double())
+    out, grad = run(qkv)
+    assert relative(out, expected.detach()) < 5e-3
+    assert grad.isfinite().all()
+    others = torch.arange(3 * 4 * 64, device="cuda").view(3, 4, 64)[:, [0, 1, 3]].flatten()
+    assert relative(grad[..., others], wide.grad[..., others]) < 1e-2
+    rows[:, :, 2] = before
+    calm = run(qkv)[0].view(3, 200, 4, 64)
+    out = out.view(3, 200, 4, 64)
+    assert torch.equal(out[:, :, [0, 1, 3]], calm[:, :, [0, 1, 3]])
+    assert torch.equal(out[::2], calm[::2])
+
+
+@pytest.mark.gpu
+@on_hopper
 def test_long_graph_and_repetition():
     from models.kernels import long_attention as long
 
@@ -186,7 +253,7 @@ def test_long_plans_fit():
     from models.kernels.hopper import attention_long
 
     for length in range(129, attention_long.MAX_TOKENS + 1):
-        plan = attention_long.Plan(length, rope=True, save=True)
+        plan = attention_long.Plan(length, bold=True, save=True)
         assert plan.shared_bytes <= 227 * 1024
         assert plan.source()[1]["LENGTH"] == length
         for plan in attention_long.backward_plans(length, True):

@@ -123,20 +123,23 @@ def test_short_attention(batch, length, heads, head_dim, rope, causal, dtype):
 
 @in_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch, length, heads", [(1, 1, 1), (2, 65, 3)])
-def test_backward_sums(batch, length, heads, dtype):
-    """In pairs of tokens, what the backward of long attention reads; padded."""
-    from models.kernels.long_attention import backward_sums
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize("batch, length, heads", [(0, 5, 2), (1, 1, 1), (2, 65, 3)])
+def test_turn(batch, length, heads, rope, dtype):
+    """What long attention reads: q and k rotated, q times log2(e) / 8."""
+    from models.kernels.long_attention import turn
+    from models.layers import RotaryTable
 
     torch.manual_seed(0)
-    out, dout = (draw(batch, length, heads * 64, dtype=dtype) for _ in range(2))
-    lse = draw(batch, heads, length, dtype=torch.float32)
-    sums = backward_sums(out, dout, lse, heads, 192)
-    lse_again, delta = sums.view(batch * heads, 96, 2, 2).transpose(1, 2).flatten(2).unbind(1)
-    assert torch.isinf(lse_again[:, length:]).all() and not delta[:, length:].any()
-    torch.testing.assert_close(lse_again[:, :length], lse.flatten(0, 1) / math.log(2))
-    expected = (out.double() * dout.double()).view(batch, length, heads, 64).sum(-1)
-    assert relative(delta[:, :length], expected.transpose(1, 2).flatten(0, 1)) < 1e-6
+    qkv = draw(batch, length, 3 * heads * 64, dtype=dtype)
+    table = RotaryTable(64, torch.arange(length), 10000.0).to(DEVICE)
+    got = turn(qkv, heads, *((table.cos, table.sin) if rope else (None, None)))
+    q, k, v = qkv.double().view(batch, length, 3, heads, 64).unbind(2)
+    if rope:
+        q, k = table(q), table(k)
+    expected = torch.stack((q / 8 / math.log(2), k, v), 2).view(qkv.shape)
+    assert got.shape == qkv.shape and (not batch or relative(got, expected) <= TOLERANCE[dtype])
+    assert torch.equal(got[..., -heads * 64 :], qkv[..., -heads * 64 :])
 
 
 @in_kernel

@@ -21,7 +21,7 @@ from torch import Tensor
 from models.kernels.hopper.compile import CompileError, cubin, nvrtc, sources, wgmma
 from models.kernels.hopper.driver import Kernel, load, row_map, weight_map
 
-_PLAIN, _SWIGLU, _SWIGLU_SAVE, _DSWIGLU, _RESIDUAL, _NORM = range(6)  # as in gemm.cu
+_PLAIN, _SWIGLU, _SWIGLU_SAVE, _DSWIGLU, _RESIDUAL, _NORM, _ROTARY = range(7)  # as in gemm.cu
 NORM_WIDTHS = (128, 256, 512, 1024)  # a row in one cluster of at most four thread blocks
 _SHARED_BYTES = 227 * 1024  # that one thread block may use
 
@@ -39,6 +39,7 @@ class Plan:
     cm: int = 1
     cn: int = 1
     normed: bool = False
+    period: int = 1
 
     @property
     def out(self) -> int:
@@ -64,9 +65,9 @@ class Plan:
 
 
 @functools.cache
-def plan(epilogue: int, k: int, columns: int, normed: bool = False) -> Plan:
+def plan(epilogue: int, k: int, columns: int, normed: bool = False, period: int = 1) -> Plan:
     """The plan for a product with K = k and `columns` columns of result: a rule, no timing."""
-    p = Plan(epilogue, k, columns, cm=2, normed=normed)
+    p = Plan(epilogue, k, columns, cm=2, normed=normed, period=period)
     if epilogue == _DSWIGLU:  # gate and up take the registers of the other half of 256 columns
         p = replace(p, bn=128)
         if k <= 512:
@@ -91,6 +92,7 @@ def _kernel(p: Plan, device: int) -> Kernel:
         "STAGES": p.stages,
         "CM": p.cm,
         "CN": p.cn,
+        "PERIOD": p.period,
     }
     code = cubin(text, macros)
     return load(code, "gemm", 384, p.shared_bytes, p.cm * p.cn)
@@ -165,6 +167,20 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
     """`F.linear(x, w)`: x (..., K), w (N, K) → (..., N)."""
     out = x.new_empty(*x.shape[:-1], w.shape[0])
     _run(plan(_PLAIN, w.shape[1], w.shape[0]), x, w, None, out)
+    return out
+
+
+def linear_rotary(
+    x: Tensor, w: Tensor, cos: Tensor | None, sin: Tensor | None, scale: float
+) -> Tensor:
+    """[q | k | v] = `F.linear(x, w)` with q and k rotated, and q multiplied by `scale`.
+
+    x (B, L, K), w (3 D, K) → (B, L, 3 D), rounded once. Heads of 64 features, of which i and i + 32
+    are turned together: cos, sin (L, 64) float32 with equal halves (see `RotaryTable`), or None.
+    """
+    out = x.new_empty(*x.shape[:-1], w.shape[0])
+    p = plan(_ROTARY, w.shape[1], w.shape[0], False, x.shape[-2])
+    _run(p, x, w, None, out, eps=scale, scales=cos, slopes=sin)
     return out
 
 

@@ -5,8 +5,6 @@
 //
 // Compile-time: LENGTH; and the wgmma functions, written by attention.py.
 
-struct alignas(16) Four { float v[4]; };
-
 constexpr float LOG2E = 1.4426950408889634f, SCALE = 0.125f;
 
 // Once for the warp.

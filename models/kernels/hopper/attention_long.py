@@ -1,13 +1,15 @@
-"""Self-attention over up to 1,024 tokens on Hopper GPUs, RoPE inside: attention_long.cu.
+"""Self-attention over 129 to 1,024 tokens on Hopper GPUs: attention_long.cu and its backward.
 
-Heads of 64 features, every token sees all, bfloat16. Deterministic; fit for CUDA graphs.
-`attend` takes what `models.kernels.long_attention.supported` says.
+Heads of 64 features, every token sees all, bfloat16. Deterministic; fit for CUDA graphs. Scores are
+exponents of 2: what makes qkv rotates q and k and multiplies q by `SCALE`, once and not for every
+pair. `attend` takes what `models.kernels.long_attention.supported` says.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,8 @@ from models.kernels.hopper.compile import cubin, sources
 from models.kernels.hopper.driver import Kernel, load, tensor_map
 
 MAX_TOKENS = 1024
-_ROWS, _QUERIES, _STAGES = 128, 192, 3  # as in attention_long.cu
+SCALE = math.log2(math.e) / math.sqrt(HEAD_DIM)  # of q
+_ROWS, _QUERIES, _STAGES, _MARKS = 128, 192, 3, 12  # as in attention_long.cu
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Plan:
     """The compile-time choices of attention_long.cu."""
 
     length: int
-    rope: bool
+    bold: bool
     save: bool
 
     threads = 512
@@ -35,7 +38,7 @@ class Plan:
     def shared_bytes(self) -> int:
         """Dynamic shared memory: keys, two rounds of queries, values, barriers, alignment."""
         tiles = -(-self.length // _ROWS)
-        barriers = 8 * (3 * tiles + 4 + 2 * _STAGES)
+        barriers = 8 * (2 * tiles + 4 + 2 * _STAGES)
         return 128 * (_ROWS * (tiles + _STAGES) + 2 * _QUERIES) + barriers + 1024
 
     def source(self) -> tuple[str, dict[str, int]]:
@@ -44,7 +47,7 @@ class Plan:
         texts = [wgmma("scores", n, "ss", across=False) for n in sorted({_ROWS, last})]
         texts.append(wgmma("mix", HEAD_DIM, "rs", across=True))
         texts.append(sources("attention_common.cu", "attention_long.cu"))
-        macros = {"LENGTH": self.length, "ROPE": int(self.rope), "SAVE": int(self.save)}
+        macros = {"LENGTH": self.length, "BOLD": int(self.bold), "SAVE": int(self.save)}
         return "\n".join(texts), macros
 
 
@@ -100,10 +103,13 @@ class BackwardPlan:
 
 
 def backward_plans(length: int, rope: bool) -> tuple[BackwardPlan, BackwardPlan]:
-    """The two passes of the backward: as many registers, and so tokens, as a warpgroup has."""
+    """The two passes of the backward, in their order: the queries' one leaves sums for the keys'.
+
+    As many tokens as a warpgroup has registers for.
+    """
     return (
-        BackwardPlan(length, rope, keys=True, wgs=2, columns=96),
         BackwardPlan(length, rope, keys=False, wgs=3, columns=80),
+        BackwardPlan(length, rope, keys=True, wgs=2, columns=96),
     )
 
 
@@ -117,51 +123,51 @@ def _backward_kernel(p: BackwardPlan, device: int) -> Kernel:
     return load(cubin(*p.source()), "attend_long_backward", p.threads, p.shared_bytes, 1)
 
 
-def attend(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, rope: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, L, D) and, if `save`, lse (B, heads, L) float32 and rotated q | k (B, L, 2 D).
+def attend(qkv: Tensor, heads: int, save: bool) -> tuple[Tensor, Tensor]:
+    """out (B, L, D) and, if `save`, lse (B, heads, L) float32, both of base 2.
 
-    softmax(q kᵀ / 8) v of qkv (B, L, 3 D), with q and k turned by cos, sin (L, 64) if `rope`.
+    softmax₂(q kᵀ) v of qkv (B, L, 3 D), contiguous: q and k rotated, q times `SCALE`. A second
+    launch does the heads again whose sums the first one, without a maximum, found out of bounds.
     """
     batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     out = qkv.new_empty(batch, length, width)
     lse = qkv.new_empty((batch, heads, length) if save else (1,), dtype=torch.float32)
-    turned = qkv.new_empty((batch, length, 2 * width) if save else (1,))
-    if out.numel():
+    marks = qkv.new_empty(batch * heads * _MARKS, dtype=torch.int32)
+    for bold in (True, False) if out.numel() else ():
         with torch.cuda.device(qkv.device):
-            _kernel(Plan(length, rope, save), qkv.device.index).launch(
+            _kernel(Plan(length, bold, save), qkv.device.index).launch(
                 batch * heads,
                 torch.cuda.current_stream().cuda_stream,
                 (
                     tensor_map(qkv, (HEAD_DIM, _QUERIES, 1)),
                     tensor_map(qkv, (HEAD_DIM, _ROWS, 1)),
-                    *(ctypes.c_void_p(t.data_ptr()) for t in (cos, sin, out, lse, turned)),
+                    *(ctypes.c_void_p(t.data_ptr()) for t in (out, lse, marks)),
                     ctypes.c_uint32(heads),
                     ctypes.c_uint32(batch * heads),
                 ),
             )
-    return out, lse, turned
+    return out, lse
 
 
 def attend_backward(
-    qkv: Tensor, cos: Tensor, sin: Tensor, turned: Tensor, dout: Tensor, sums: Tensor,
-    heads: int, rope: bool,
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor,
+    heads: int,
 ) -> Tensor:  # fmt: skip
-    """dqkv (B, L, 3 D) of `attend`; all contiguous.
+    """The gradient (B, L, 3 D) of [q | k | v] before rotation and scaling; all contiguous.
 
-    turned: rotated q | k (B, L, 2 D). sums (B heads, padded(L) / 2, 4): of every two queries
-    lse / ln 2 (infinite past the end) and Σ out ⊙ dout.
+    qkv, out and lse are those of `attend`; cos, sin (L, 64) what q and k were turned by.
     """
     batch, length = qkv.shape[:2]
     dqkv = torch.empty_like(qkv)
-    for plan in backward_plans(length, rope):
-        own, tile = (turned, qkv), (turned, dout)
-        if not plan.keys:
-            own, tile = tile, own
+    # of every two queries lse (infinite past the end) twice, and Σ out ⊙ dout twice
+    sums = lse.new_empty(batch * heads, padded(length) // 2, 4)
+    for plan in backward_plans(length, cos is not None):
         items = batch * heads * -(-length // plan.rows)
         if not items:
             continue
+        own, tile = (qkv, qkv), (qkv, dout)
+        if not plan.keys:
+            own, tile = tile, own
         with torch.cuda.device(qkv.device):
             _backward_kernel(plan, qkv.device.index).launch(
                 items,
@@ -169,7 +175,10 @@ def attend_backward(
                 (
                     *(tensor_map(t, (HEAD_DIM, plan.rows, 1)) for t in own),
                     *(tensor_map(t, (HEAD_DIM, plan.columns, 1)) for t in tile),
-                    *(ctypes.c_void_p(t.data_ptr()) for t in (cos, sin, sums, dqkv)),
+                    *(
+                        ctypes.c_void_p(0 if t is None else t.data_ptr())
+                        for t in (cos, sin, out, dout, lse, sums, dqkv)
+                    ),
                     ctypes.c_uint32(heads),
                     ctypes.c_uint32(items),
                 ),

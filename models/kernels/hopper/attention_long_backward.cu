@@ -5,7 +5,9 @@
 //
 // The scores are formed once in either (7 products in place of 5), and in return probabilities and
 // dS stay in registers, nothing is accumulated out of order, and no two warpgroups wait for each
-// other. Rotated q and k are read as the forward pass left them; their gradients are rotated back.
+// other. q and k are read as the forward pass had them, rotated, and q scaled by log2(e) / 8; their
+// gradients are rotated back and scaled. The queries' pass also leaves what the other one needs of
+// each query: lse and Σ out ⊙ dout.
 //
 // Compile-time: LENGTH, PADDED (tokens in `sums`), ROPE, KEYS, WGS (2, 3), COLS (tokens in a
 // stage), STAGES.
@@ -13,6 +15,7 @@
 constexpr int ROWS = 64 * WGS;
 constexpr int TILES = (LENGTH + COLS - 1) / COLS, BLOCKS = (LENGTH + ROWS - 1) / ROWS;
 constexpr int LAST = LENGTH - (TILES - 1) * COLS;  // tokens in the last tile
+constexpr float LN2 = 0.6931471805599453f;
 constexpr int OWN_BYTES = ROWS * 128, TILE = COLS * 128, SUMS_BYTES = COLS * 8;
 
 struct Barriers { u64 own_full[2], own_empty[2], full[STAGES], empty[STAGES]; };
@@ -24,6 +27,33 @@ __device__ __forceinline__ void load_bytes(void* to, const void* from, u32 bytes
 }
 
 struct Rows { float lse[2], delta[2]; };  // of the thread's two queries, if rows are queries
+
+// Of the warp's 16 queries from `start` on, whose first row in out and dout is at `offset`. They are
+// left in `to` (sums of this head) as well. Past the end: infinity and zero.
+__device__ __forceinline__ Rows rows_from(const bf16* out, const bf16* dout, u64 offset, u32 stride,
+                                          const float* lse, float* to, int start) {
+  const int lane = threadIdx.x % 32, token = start + lane / 2;  // two lanes a query
+  const bool inside = token < LENGTH;
+  const u64 at = offset + (u64)min(token, LENGTH - 1) * stride + lane % 2 * 32;
+  float own = inside ? lse[token] : __uint_as_float(0x7F800000u), delta = 0;
+#pragma unroll
+  for (int c = 0; c < 4; c++) {
+    Eight x = *(const Eight*)(out + at + 8 * c), y = *(const Eight*)(dout + at + 8 * c);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      delta += low(x.pair[i]) * low(y.pair[i]) + high(x.pair[i]) * high(y.pair[i]);
+  }
+  delta += __shfl_xor_sync(~0u, delta, 1);
+  if (!inside) delta = 0;
+  to[token / 2 * 4 + token % 2 + lane % 2 * 2] = lane % 2 ? delta : own;
+  Rows rows;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    rows.lse[h] = __shfl_sync(~0u, own, lane / 4 * 2 + 16 * h);
+    rows.delta[h] = __shfl_sync(~0u, delta, lane / 4 * 2 + 16 * h);
+  }
+  return rows;
+}
 
 // One tile of COUNT tokens; `empty`: the barrier of the stage before, null for the first tile.
 // sums: lse (of base 2), lse, delta, delta of two queries each, if columns are queries.
@@ -50,7 +80,7 @@ __device__ __forceinline__ void add_tile(float (&first)[32], float (&second)[32]
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       float lse = KEYS ? sum.v[e % 2] : rows.lse[e / 2];
-      float x = power2(s[4 * j + e] * (SCALE * LOG2E) - lse);
+      float x = power2(s[4 * j + e] - lse);
       if (!KEYS && 8 * j + 8 > COUNT && 8 * j + lane % 4 * 2 + e % 2 >= COUNT) x = 0;
       s[4 * j + e] = x;
     }
@@ -80,13 +110,14 @@ __device__ __forceinline__ void add_tile(float (&first)[32], float (&second)[32]
 }
 
 extern "C" __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(128 * (WGS + 1), 1)
-attend_long_backward(const __grid_constant__ TensorMap own_map,     // of turned: k, or q
-                     const __grid_constant__ TensorMap other_map,   // of qkv: v, or of dout
-                     const __grid_constant__ TensorMap tile_map,    // of turned: q, or k
-                     const __grid_constant__ TensorMap tile2_map,   // of dout, or of qkv: v
+attend_long_backward(const __grid_constant__ TensorMap own_map,     // k and v of qkv, or q
+                     const __grid_constant__ TensorMap other_map,   // of qkv, or of dout
+                     const __grid_constant__ TensorMap tile_map,    // q of qkv, or k and v
+                     const __grid_constant__ TensorMap tile2_map,   // of dout, or of qkv
                      const float* __restrict__ cos, const float* __restrict__ sin,
-                     const float* __restrict__ sums, bf16* __restrict__ dqkv, u32 heads,
-                     u32 items) {
+                     const bf16* __restrict__ out, const bf16* __restrict__ dout,
+                     const float* __restrict__ lse, float* __restrict__ sums,
+                     bf16* __restrict__ dqkv, u32 heads, u32 items) {
   unsigned char* all_own = aligned_shared();
   unsigned char* stages = all_own + 2 * 2 * OWN_BYTES;
   unsigned char* all_sums = stages + STAGES * 2 * TILE;
@@ -142,15 +173,11 @@ attend_long_backward(const __grid_constant__ TensorMap own_map,     // of turned
     u32 block = item % BLOCKS, head = item / BLOCKS % heads, puzzle = item / BLOCKS / heads;
     unsigned char* own = all_own + i % 2 * 2 * OWN_BYTES;
     const int start = block * ROWS + first_row, row = start + lane / 4;  // and row + 8
+    float* own_sums = sums + (u64)(item / BLOCKS) * PADDED * 2;
     Rows rows;
-    if (!KEYS) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const float* at = sums + (u64)(item / BLOCKS) * PADDED * 2 + (row + 8 * h) / 2 * 4;
-        rows.lse[h] = at[row % 2];
-        rows.delta[h] = at[2 + row % 2];
-      }
-    }
+    if (!KEYS)
+      rows = rows_from(out, dout, (u64)puzzle * LENGTH * width + head * 64, width,
+                       lse + (u64)(item / BLOCKS) * LENGTH, own_sums, start);
     float first[32], second[32];
 #pragma unroll
     for (int j = 0; j < 32; j++) first[j] = second[j] = 0;
@@ -170,6 +197,7 @@ attend_long_backward(const __grid_constant__ TensorMap own_map,     // of turned
                    TILES > 1 ? &bars.empty[(step - 1) % STAGES] : nullptr);
     step++;
 
+    constexpr float scale = KEYS ? LN2 : SCALE;
     float c[16], sn[16];
 #pragma unroll
     for (int j = 0; j < 8; j++) {  // two columns each: tile j / 2, row j % 2
@@ -178,8 +206,8 @@ attend_long_backward(const __grid_constant__ TensorMap own_map,     // of turned
         int at = min(row + j % 2 * 8, LENGTH - 1) * 64 + j / 2 * 8 + lane % 4 * 2;
         x = *(const float2*)(cos + at), y = *(const float2*)(sin + at);
       }
-      c[2 * j] = x.x * SCALE, c[2 * j + 1] = x.y * SCALE;
-      sn[2 * j] = y.x * SCALE, sn[2 * j + 1] = y.y * SCALE;
+      c[2 * j] = x.x * scale, c[2 * j + 1] = x.y * scale;
+      sn[2 * j] = y.x * scale, sn[2 * j + 1] = y.y * scale;
     }
     wgmma_wait<0>();
     settle(first);

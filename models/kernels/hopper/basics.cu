@@ -5,6 +5,7 @@ typedef unsigned long long u64;
 typedef unsigned short bf16;
 struct alignas(64) TensorMap { u64 opaque[16]; };
 struct alignas(16) Eight { u32 pair[4]; };  // 8 bf16
+struct alignas(16) Four { float v[4]; };
 
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 

@@ -21,7 +21,7 @@
 // the sums of (gate up)² of each tile; NORM multiplies its rows by the factors made of these.
 //
 // Compile-time: EPILOGUE, NORMED, K, COLUMNS (of the result: h for SwiGLU), BN (rows of W a tile),
-// STATIONARY, STAGES, CM, CN; and the function wgmma(), written for BN by compile.py. What wraps a
+// STATIONARY, STAGES, CM, CN, PERIOD (tokens of a sequence, for ROTARY); and the function wgmma(), written for BN by compile.py. What wraps a
 // single instruction is in instructions.cu.
 
 #define PLAIN 0        // out = x Wᵀ
@@ -30,7 +30,9 @@
 #define DSWIGLU 3      // x Wᵀ is dh; other = [gate | up]: wide = [d gate | d up], out = h
 #define RESIDUAL 4     // out = other + x Wᵀ
 #define NORM 5         // the same, then RMSNorm: a cluster spans the row; factors, if given
+#define ROTARY 6       // W = [q | k | v]: out = x Wᵀ with q and k rotated, q scaled; see `turn`
 
+#define READS (EPILOGUE >= DSWIGLU && EPILOGUE <= NORM)  // the epilogue has another operand
 #define GATED (EPILOGUE == SWIGLU || EPILOGUE == SWIGLU_SAVE)
 constexpr int WGS = 2;                         // multiplying warpgroups
 constexpr int BK = 64;                         // 128 bytes: the width of a swizzled row
@@ -45,7 +47,7 @@ constexpr int VALUES = BN / 2;                 // accumulators of a thread
 constexpr int PARTS = EPILOGUE == DSWIGLU ? 2 : 1;  // of `other`: gate and up
 // At first the second warpgroup stays this many blocks behind the first, so that their epilogues
 // take turns; where these wait for operands it does not pay.
-constexpr int SKEW = STATIONARY || EPILOGUE > SWIGLU ? 0 : KB < 2 ? KB : 2;
+constexpr int SKEW = STATIONARY || READS || EPILOGUE == SWIGLU_SAVE ? 0 : KB < 2 ? KB : 2;
 
 struct Shared {
   u64 full[STAGES], empty[STAGES];             // a stage's bytes have come; it may be overwritten
@@ -96,6 +98,42 @@ __device__ __forceinline__ void fetch(Operands& o, const bf16* other, u32 row, u
 
 __device__ __forceinline__ int index(int half, int g, int i) {  // of column 32g + i: see the top
   return 16 * g + 4 * (i / 2) + 2 * half + i % 2;
+}
+
+struct Angles { Four cos[2][2], sin[2][2]; };  // of this thread's two rows: 8 features each
+
+// Row `row` is token row % PERIOD. cos, sin (PERIOD, 64), equal halves; null: no rotation.
+__device__ __forceinline__ void fetch(Angles& a, const float* cos, const float* sin, u32 row, u32 M) {
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+      u32 at = min(row + 8 * half, M - 1) % PERIOD * 64 + threadIdx.x % 4 * 8 + 4 * part;
+      a.cos[half][part] = cos ? *(const Four*)(cos + at) : Four{{1, 1, 1, 1}};
+      a.sin[half][part] = cos ? *(const Four*)(sin + at) : Four{{0, 0, 0, 0}};
+    }
+}
+
+// Heads are 64 columns: feature i and i + 32 are in neighbouring groups of a thread. `tile`: the
+// tile's first column.
+__device__ __forceinline__ void turn(float (&d)[VALUES], const Angles& a, u32 tile, float scale) {
+#pragma unroll
+  for (int head = 0; head < OUT / 64; head++) {
+    u32 column = tile + 64 * head;
+    if (column >= COLUMNS / 3 * 2) return;
+    float factor = column < COLUMNS / 3 ? scale : 1;
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        float& x = d[index(half, 2 * head, i)];
+        float& y = d[index(half, 2 * head + 1, i)];
+        float c = a.cos[half][i / 4].v[i % 4] * factor, s = a.sin[half][i / 4].v[i % 4] * factor;
+        float turned = x * c - y * s;
+        y = y * c + x * s;
+        x = turned;
+      }
+  }
 }
 
 // parts (COLUMNS / OUT, M): the sums of (gate up)² over the columns of tile n, of both rows.
@@ -297,9 +335,11 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       u32 row = (m * CM + cm) * BM + (STATIONARY ? 0 : 64 * group) + warp * 16 + lane / 4;
       u32 column = (n * CN + cn) * OUT + lane % 4 * 8;
       Operands o;
-      if (EPILOGUE >= DSWIGLU) fetch(o, other, row, column, M);
+      if (READS) fetch(o, other, row, column, M);
+      Angles angles;
+      if (EPILOGUE == ROTARY) fetch(angles, scales, slopes, row, M);
       float scale[2] = {1, 1}, slope[2] = {0, 0};
-      if (NORMED && EPILOGUE >= DSWIGLU)
+      if (NORMED && READS)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           scale[half] = scales[min(row + 8 * half, M - 1)];
@@ -338,7 +378,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #pragma unroll
       for (int j = 0; j < VALUES; j++) asm volatile("" : "+f"(d[j])::"memory");
       float factor[2] = {1, 1};
-      if (EPILOGUE >= RESIDUAL)
+      if (EPILOGUE == ROTARY) turn(d, angles, (n * CN + cn) * OUT, eps);
+      if (EPILOGUE == RESIDUAL || EPILOGUE == NORM)
         residual(d, o, scale, factor, s, group, i, 64 * group + warp * 16 + lane / 4, eps);
       if (NORMED && GATED) inner_squares(d, factors, row, n * CN + cn, M);
       epilogue(d, o, factor, scale, slope, out, wide, factors, row, column, M);
