@@ -47,7 +47,7 @@ constexpr int VALUES = BN / 2;                 // accumulators of a thread
 constexpr int PARTS = EPILOGUE == DSWIGLU ? 2 : 1;  // of `other`: gate and up
 // At first the second warpgroup stays this many blocks behind the first, so that their epilogues
 // take turns; where these wait for operands it does not pay.
-constexpr int SKEW = STATIONARY || READS || EPILOGUE == SWIGLU_SAVE ? 0 : KB < 2 ? KB : 2;
+constexpr int SKEW = STATIONARY || EPILOGUE > SWIGLU ? 0 : KB < 2 ? KB : 2;
 
 struct Shared {
   u64 full[STAGES], empty[STAGES];             // a stage's bytes have come; it may be overwritten
@@ -114,12 +114,11 @@ __device__ __forceinline__ void fetch(Angles& a, const float* cos, const float* 
     }
 }
 
-// Heads are 64 columns: feature i and i + 32 are in neighbouring groups of a thread. `tile`: the
-// tile's first column.
-__device__ __forceinline__ void turn(float (&d)[VALUES], const Angles& a, u32 tile, float scale) {
+// Heads are 64 columns: features i and i + 32 are in neighbouring groups of a thread's columns.
+__device__ __forceinline__ void turn(float (&d)[VALUES], const Angles& a, u32 left, float scale) {
 #pragma unroll
   for (int head = 0; head < OUT / 64; head++) {
-    u32 column = tile + 64 * head;
+    u32 column = left + 64 * head;
     if (column >= COLUMNS / 3 * 2) return;
     float factor = column < COLUMNS / 3 ? scale : 1;
 #pragma unroll
@@ -337,7 +336,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       Operands o;
       if (READS) fetch(o, other, row, column, M);
       Angles angles;
-      if (EPILOGUE == ROTARY) fetch(angles, scales, slopes, row, M);
+      const u32 left = (n * CN + cn) * OUT;  // the tile's first column
+      if (EPILOGUE == ROTARY && left < COLUMNS / 3 * 2) fetch(angles, scales, slopes, row, M);
       float scale[2] = {1, 1}, slope[2] = {0, 0};
       if (NORMED && READS)
 #pragma unroll
@@ -378,7 +378,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #pragma unroll
       for (int j = 0; j < VALUES; j++) asm volatile("" : "+f"(d[j])::"memory");
       float factor[2] = {1, 1};
-      if (EPILOGUE == ROTARY) turn(d, angles, (n * CN + cn) * OUT, eps);
+      if (EPILOGUE == ROTARY) turn(d, angles, left, eps);
       if (EPILOGUE == RESIDUAL || EPILOGUE == NORM)
         residual(d, o, scale, factor, s, group, i, 64 * group + warp * 16 + lane / 4, eps);
       if (NORMED && GATED) inner_squares(d, factors, row, n * CN + cn, M);
