@@ -78,12 +78,13 @@ class Attention(nn.Module):
 
         return linear_beside(x_BLD, self.qkv.weight, self.qkv.half, self.qkv_t)
 
-    def _projects(self, x_BLD: Tensor) -> bool:
-        """Whether the fused attention over many tokens makes q, k and v itself."""
+    def _projects(self, kernel: Callable[..., Tensor] | None, x_BLD: Tensor) -> bool:
+        """Whether the fused attention makes q, k and v itself: the one over many tokens."""
+        if kernel is None or self.qkv.fp8:
+            return False
         from models.kernels import long_attention as long
 
-        long_one = self._kernel(x_BLD) is long.long_attention
-        return long_one and not self.qkv.fp8 and long.takes_product(x_BLD)
+        return kernel is long.long_attention and long.takes_product(x_BLD)
 
     def mix(self, x_BLD: Tensor, rope: RotaryTable | None) -> tuple[Tensor, Tensor]:
         """What the heads have gathered, side by side, before the last map; and x_BLD.
@@ -91,7 +92,7 @@ class Attention(nn.Module):
         Both (B, L, D). With the second in its residual a block spares its backward pass a sum.
         """
         kernel = self._kernel(x_BLD)
-        if kernel is not None and self._projects(x_BLD):
+        if self._projects(kernel, x_BLD):
             from models.kernels.long_attention import projected_attention
 
             weights = self.qkv.weight, self.num_heads, *_tables(rope), self.qkv.half, self.qkv_t

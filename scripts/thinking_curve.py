@@ -31,6 +31,7 @@ from training.logging import set_up_logging
 from training.report import Loaded, load, resolve_evaluation
 
 SELECTIONS = ("halt", "convergence", "vote")
+_MARKERS = {"halt": "^", "convergence": "v", "vote": "o"}
 Row = dict[str, Any]
 
 
@@ -89,7 +90,9 @@ def points(loaded: Loaded, config: Any, options: argparse.Namespace, tflop: floa
 
 def draw(rows: list[Row], path: Path) -> None:
     """Accuracy over compute, a line for each set, depth, selection, confidence and agreement."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis = figure.subplots()
@@ -98,14 +101,17 @@ def draw(rows: list[Row], path: Path) -> None:
         if row["select"]:
             key = row["set"], row["depth"], row["select"], row["confidence"], row["agree"]
             lines.setdefault(key, []).append((row["TFLOP"], row["exact_accuracy"]))
-    for (name, depth, select, confidence, agree), some in lines.items():
+    for number, ((name, depth, select, confidence, agree), some) in enumerate(lines.items()):
         ends = f", halts at {confidence}" if confidence else ""
         ends += f", {agree} agree" if confidence and agree > 1 else ""
         label = f"{name}: depth {depth}, {select}{ends}"
-        axis.plot(*zip(*sorted(some), strict=True), marker="o", label=label)
+        look = {"marker": _MARKERS[select], "color": colormaps["tab20"](number % 20)}
+        axis.plot(*zip(*sorted(some), strict=True), label=label, **look)
     single = [(r["TFLOP"], r["exact_accuracy"]) for r in rows if not r["select"]]
     axis.plot(*zip(*sorted(single), strict=True), "ks--", label="one trajectory, by depth")
     axis.set_xscale("log")
+    for of in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        of(StrMethodFormatter("{x:.2g}"))
     axis.set_xlabel("TFLOP a puzzle")
     axis.set_ylabel("exact accuracy")
     axis.grid(alpha=0.3)

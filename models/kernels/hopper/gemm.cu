@@ -30,7 +30,7 @@
 #define DSWIGLU 3      // x Wᵀ is dh; other = [gate | up]: wide = [d gate | d up], out = h
 #define RESIDUAL 4     // out = other + x Wᵀ
 #define NORM 5         // the same, then RMSNorm: a cluster spans the row; factors, if given
-#define ROTARY 6       // W = [q | k | v]: out = x Wᵀ with q and k rotated, q scaled; see `turn`
+#define ROTARY 6       // W = [q | k | v]: out = x Wᵀ with q and k rotated, q scaled; see `rotate`
 
 #define READS (EPILOGUE >= DSWIGLU && EPILOGUE <= NORM)  // the epilogue has another operand
 #define GATED (EPILOGUE == SWIGLU || EPILOGUE == SWIGLU_SAVE)
@@ -115,7 +115,7 @@ __device__ __forceinline__ void fetch(Angles& a, const float* cos, const float* 
 }
 
 // Heads are 64 columns: features i and i + 32 are in neighbouring groups of a thread's columns.
-__device__ __forceinline__ void turn(float (&d)[VALUES], const Angles& a, u32 left, float scale) {
+__device__ __forceinline__ void rotate(float (&d)[VALUES], const Angles& a, u32 left, float scale) {
 #pragma unroll
   for (int head = 0; head < OUT / 64; head++) {
     u32 column = left + 64 * head;
@@ -378,7 +378,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #pragma unroll
       for (int j = 0; j < VALUES; j++) asm volatile("" : "+f"(d[j])::"memory");
       float factor[2] = {1, 1};
-      if (EPILOGUE == ROTARY) turn(d, angles, left, eps);
+      if (EPILOGUE == ROTARY) rotate(d, angles, left, eps);
       if (EPILOGUE == RESIDUAL || EPILOGUE == NORM)
         residual(d, o, scale, factor, s, group, i, 64 * group + warp * 16 + lane / 4, eps);
       if (NORMED && GATED) inner_squares(d, factors, row, n * CN + cn, M);
