@@ -126,3 +126,41 @@ def test_models_of_either_backend_agree(causal):
             assert torch.equal(logits[:, :-1], found[-1][:, :-1])
             assert not torch.equal(logits[:, -1], found[-1][:, -1])
     assert torch.allclose(found[0], found[1], atol=1e-4) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_the_long_kernel_makes_its_own_product(rotated, monkeypatch):
+    """Where it takes the activations, and not else; either way the result is the plain one."""
+    long = pytest.importorskip("models.kernels.long_attention")
+    from models.attention import Attention
+    from models.layers import RotaryTable
+
+    config = TRMConfig(hidden_size=128, num_heads=2, attention_backend="math")
+    layer = Attention(config, torch.Generator().manual_seed(0))
+    rope = RotaryTable(64, torch.arange(140), 10000.0) if rotated else None
+    x = torch.randn(2, 140, 128, generator=torch.Generator().manual_seed(1))
+    expected, calls = layer.mix(x, rope)[0], []
+
+    def plain(name):
+        def kernel(given, *arguments):
+            calls.append(name)
+            if name == "product":
+                weight, heads, cos, sin, half, half_t = arguments
+                assert weight is layer.qkv.weight and half is half_t is None
+                qkv = layer.qkv(given)
+            else:
+                qkv, (heads, cos, sin) = given, arguments
+            assert heads == 2 and (cos is not None) == (sin is not None) == rotated
+            mixed = layer._gather(qkv, rope, None)
+            return (mixed, given) if name == "product" else mixed
+
+        return kernel
+
+    monkeypatch.setattr(long, "projected_attention", plain("product"))
+    monkeypatch.setattr(long, "long_attention", plain("attention"))
+    monkeypatch.setattr(Attention, "_kernel", lambda *_: long.long_attention)
+    assert torch.equal(layer.mix(x, rope)[0], expected)
+    layer.qkv.fp8 = True  # a product in 8 bits is made apart
+    monkeypatch.setattr(Attention, "_to_qkv", lambda self, x: (x @ self.qkv.weight.mT, x))
+    torch.testing.assert_close(layer.mix(x, rope)[0], expected)
+    assert calls == ["product", "attention"]
