@@ -110,8 +110,9 @@ def draw(rows: list[Row], path: Path) -> None:
     single = [(r["TFLOP"], r["exact_accuracy"]) for r in rows if not r["select"]]
     axis.plot(*zip(*sorted(single), strict=True), "ks--", label="one trajectory, by depth")
     axis.set_xscale("log")
-    for of in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        of(StrMethodFormatter("{x:.2g}"))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    if max(r["TFLOP"] for r in rows) < 10 * min(r["TFLOP"] for r in rows):
+        axis.xaxis.set_minor_formatter(StrMethodFormatter("{x:.2g}"))
     axis.set_xlabel("TFLOP a puzzle")
     axis.set_ylabel("exact accuracy")
     axis.grid(alpha=0.3)

@@ -30,8 +30,8 @@ def turn_kernel(
 ):  # fmt: skip
     """out (B L, 3, heads, 2 H): q and k turned, q times scale; cos, sin (L, 2 H), equal halves."""
     head, part = tl.program_id(1) % heads, tl.program_id(1) // heads  # of q, k, v
-    t, c = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, H)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = (tl.program_id(0) // tl.cdiv(L, R)).to(tl.int64)
+    t, c = tl.program_id(0) % tl.cdiv(L, R) * R + tl.arange(0, R), tl.arange(0, H)
     at = (batch * L + t)[:, None] * (3 * heads * 2 * H) + (part * heads + head) * 2 * H + c[None, :]
     mask = (t < L)[:, None]
     low = tl.load(qkv_ptr + at, mask=mask, other=0.0)
@@ -53,7 +53,7 @@ def turn(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None) -> Ten
     batch, length, width = qkv.shape
     out = torch.empty_like(qkv)
     if out.numel():
-        turn_kernel[(triton.cdiv(length, 64), 3 * heads, batch)](
+        turn_kernel[(batch * triton.cdiv(length, 64), 3 * heads)](
             qkv, cos, sin, out, length, heads, attention_long.SCALE,
             ROPE=cos is not None, R=64, H=width // heads // 6,
         )  # fmt: skip
@@ -189,7 +189,8 @@ def projected_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`long_attention` of F.linear(x, weight); and x once more, for what else it is used for.
 
-    With the second its uses' gradients are summed in the backward's product. See `takes_product`.
+    With the second its uses' gradients are summed in the backward's product, which always makes
+    both gradients, of x and of the weight. See `takes_product`.
 
     Args:
         x: (B, L, K).

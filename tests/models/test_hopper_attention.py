@@ -1,5 +1,7 @@
 """Attention on Hopper: against float64, beside Triton, in a CUDA graph, repeated."""
 
+import math
+
 import pytest
 import torch
 
@@ -180,6 +182,7 @@ def test_projected_against_float64(batch, heads, length, rope):
 def test_long_extreme_scores(extreme):
     """Sums that leave float32 without a maximum: those heads are done again, with it."""
     from models.kernels import long_attention as long
+    from models.kernels.hopper import attention_long
 
     qkv, dout, table = draw(3, 200, 4)
     rows = qkv[1].view(200, 3, 4, 64)
@@ -205,6 +208,15 @@ def test_long_extreme_scores(extreme):
     assert grad.isfinite().all()
     others = torch.arange(3 * 4 * 64, device="cuda").view(3, 4, 64)[:, [0, 1, 3]].flatten()
     assert relative(grad[..., others], wide.grad[..., others]) < 1e-2
+    # what is rounded before the scores decides at such a size: the rest is judged from there
+    turned = long.turn(qkv, 4, *tables)
+    q, k, _ = turned.double().view(3, 200, 3, 4, 64).permute(2, 0, 3, 1, 4)
+    logits = q @ k.mT * math.log(2)
+    _, lse = attention_long.attend(turned, 4, True)
+    sums = logits.logsumexp(-1) / math.log(2)
+    torch.testing.assert_close(lse.double(), sums, rtol=1e-5, atol=1e-2)
+    dv = (logits.softmax(-1).mT @ dout.double().view(3, 200, 4, 64).transpose(1, 2))[:, 2]
+    assert relative(grad.view(3, 200, 3, 4, 64)[:, :, 2, 2], dv) < 1e-2
     rows[:, :, 2] = before
     calm = run(qkv)[0].view(3, 200, 4, 64)
     out = out.view(3, 200, 4, 64)

@@ -1,9 +1,9 @@
 """Products with fused epilogues on Hopper GPUs (compute capability 9.0), in bfloat16.
 
-`y = x Wᵀ` with what follows it (SwiGLU, its backward, a residual) done before the result leaves
-the chip; see gemm.cu. All of it is deterministic and can be captured in a CUDA graph. Each function
-equals the plain PyTorch in its docstring up to one rounding of the result (sums and the epilogue
-are float32). None is differentiable: callers write their backward out of these same functions.
+`y = x Wᵀ` with what follows it (SwiGLU, its backward, a residual, a rotation) done before the
+result leaves the chip; see gemm.cu. All of it is deterministic and can be captured in a CUDA graph.
+Each function equals the plain PyTorch in its docstring up to one rounding of the result (sums and
+the epilogue are float32). None is differentiable: callers write their backward out of these.
 
 Shapes: M rows (any number; leading dimensions are flattened into them), K features in, N or I
 features out. Weights are bfloat16, as the layers store them: (out, in), contiguous.

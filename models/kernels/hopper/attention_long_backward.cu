@@ -110,10 +110,10 @@ __device__ __forceinline__ void add_tile(float (&first)[32], float (&second)[32]
 }
 
 extern "C" __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(128 * (WGS + 1), 1)
-attend_long_backward(const __grid_constant__ TensorMap own_map,     // k and v of qkv, or q
-                     const __grid_constant__ TensorMap other_map,   // of qkv, or of dout
-                     const __grid_constant__ TensorMap tile_map,    // q of qkv, or k and v
-                     const __grid_constant__ TensorMap tile2_map,   // of dout, or of qkv
+attend_long_backward(const __grid_constant__ TensorMap own_map,    // of qkv: k, or q
+                     const __grid_constant__ TensorMap other_map,  // v of qkv, or dout
+                     const __grid_constant__ TensorMap tile_map,   // of qkv: q, or k
+                     const __grid_constant__ TensorMap tile2_map,  // dout, or v of qkv
                      const float* __restrict__ cos, const float* __restrict__ sin,
                      const bf16* __restrict__ out, const bf16* __restrict__ dout,
                      const float* __restrict__ lse, float* __restrict__ sums,

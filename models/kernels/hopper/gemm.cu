@@ -21,8 +21,8 @@
 // the sums of (gate up)² of each tile; NORM multiplies its rows by the factors made of these.
 //
 // Compile-time: EPILOGUE, NORMED, K, COLUMNS (of the result: h for SwiGLU), BN (rows of W a tile),
-// STATIONARY, STAGES, CM, CN, PERIOD (tokens of a sequence, for ROTARY); and the function wgmma(), written for BN by compile.py. What wraps a
-// single instruction is in instructions.cu.
+// STATIONARY, STAGES, CM, CN, PERIOD (tokens of a sequence, for ROTARY); and the function wgmma(),
+// written for BN by compile.py. What wraps a single instruction is in instructions.cu.
 
 #define PLAIN 0        // out = x Wᵀ
 #define SWIGLU 1       // W = [gate | up]: out = silu(gate) ⊙ up
@@ -30,7 +30,8 @@
 #define DSWIGLU 3      // x Wᵀ is dh; other = [gate | up]: wide = [d gate | d up], out = h
 #define RESIDUAL 4     // out = other + x Wᵀ
 #define NORM 5         // the same, then RMSNorm: a cluster spans the row; factors, if given
-#define ROTARY 6       // W = [q | k | v]: out = x Wᵀ with q and k rotated, q scaled; see `rotate`
+#define ROTARY 6       // W = [q | k | v]: out = x Wᵀ with q and k rotated by cos = scales and
+                       // sin = slopes, and q times eps; see `rotate`
 
 #define READS (EPILOGUE >= DSWIGLU && EPILOGUE <= NORM)  // the epilogue has another operand
 #define GATED (EPILOGUE == SWIGLU || EPILOGUE == SWIGLU_SAVE)
@@ -103,7 +104,8 @@ __device__ __forceinline__ int index(int half, int g, int i) {  // of column 32g
 struct Angles { Four cos[2][2], sin[2][2]; };  // of this thread's two rows: 8 features each
 
 // Row `row` is token row % PERIOD. cos, sin (PERIOD, 64), equal halves; null: no rotation.
-__device__ __forceinline__ void fetch(Angles& a, const float* cos, const float* sin, u32 row, u32 M) {
+__device__ __forceinline__ void fetch(Angles& a, const float* cos, const float* sin, u32 row,
+                                      u32 M) {
 #pragma unroll
   for (int half = 0; half < 2; half++)
 #pragma unroll
