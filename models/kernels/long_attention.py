@@ -19,6 +19,7 @@ from models.kernels import hopper
 from models.kernels.hopper import attention_long
 from models.kernels.hopper.attention import HEAD_DIM
 from models.kernels.launch import on_hopper, operation
+from models.kernels.residual import linear_beside_backward
 
 MIN_TOKENS = 129  # fewer: models.kernels.attention
 
@@ -48,6 +49,7 @@ def turn_kernel(
     tl.store(out_ptr + at + H, high, mask=mask)
 
 
+@operation("loopwright::turned_qkv")
 def turn(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """[q | k | v] (B, L, 3 D), contiguous, with q and k rotated and q scaled for `_attend`."""
     batch, length, width = qkv.shape
@@ -60,14 +62,8 @@ def turn(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None) -> Ten
     return out
 
 
-@operation("loopwright::turned_qkv")
-def _turned(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int) -> Tensor:
-    """`turn` as an operation."""
-    return turn(qkv, heads, cos, sin)
-
-
-@_turned.register_fake
-def _(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int) -> Tensor:
+@turn.register_fake
+def _(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     return torch.empty_like(qkv)
 
 
@@ -116,7 +112,7 @@ def _(
 class _LongAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, cos, sin, heads):
-        turned = _turned(qkv, cos, sin, heads)
+        turned = turn(qkv, heads, cos, sin)
         out, lse = _attend(turned, heads, True)
         ctx.save_for_backward(turned, cos, sin, out, lse)
         ctx.heads = heads
@@ -142,29 +138,7 @@ def long_attention(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | No
     qkv = qkv.contiguous()
     if torch.is_grad_enabled():
         return _LongAttention.apply(qkv, cos, sin, heads)
-    return _attend(_turned(qkv, cos, sin, heads), heads, False)[0]
-
-
-@operation("loopwright::projected_attention_backward")
-def _projected_backward(
-    x: Tensor, half: Tensor, half_t: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    turned: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dx: Tensor, heads: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx + what comes through the attention (B, L, K), and d weight (3 D, K) in float32."""
-    dqkv = attention_long.attend_backward(turned, cos, sin, out, lse, dout, heads)
-    dqkv_MN, x_MK = dqkv.view(-1, dqkv.shape[-1]), x.view(-1, x.shape[-1])
-    dweight = torch.mm(dqkv_MN.t(), x_MK, out_dtype=torch.float32)
-    if half_t is None:
-        return torch.addmm(dx.view(x_MK.shape), dqkv_MN, half).view(x.shape), dweight
-    return hopper.linear_residual(dqkv, half_t, dx), dweight
-
-
-@_projected_backward.register_fake
-def _(
-    x: Tensor, half: Tensor, half_t: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    turned: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dx: Tensor, heads: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x), half.new_empty(half.shape, dtype=torch.float32)
+    return _attend(turn(qkv, heads, cos, sin), heads, False)[0]
 
 
 class _ProjectedAttention(torch.autograd.Function):
@@ -172,14 +146,16 @@ class _ProjectedAttention(torch.autograd.Function):
     def forward(ctx, x, weight, half, half_t, cos, sin, heads):
         turned = _product(x, half, cos, sin)
         out, lse = _attend(turned, heads, True)
-        ctx.save_for_backward(x, half, half_t, cos, sin, turned, out, lse)
+        ctx.save_for_backward(x, half, half_t, turned, cos, sin, out, lse)
         ctx.heads, ctx.kind = heads, weight.dtype
         return out, x.view_as(x)
 
     @staticmethod
     def backward(ctx, dout, dx):
-        gradients = dout.contiguous(), dx.contiguous()
-        dx, dweight = _projected_backward(*ctx.saved_tensors, *gradients, ctx.heads)
+        x, half, half_t, *saved = ctx.saved_tensors
+        dqkv = _attend_backward(*saved, dout.contiguous(), ctx.heads)
+        half_t = half.t().contiguous() if half_t is None else half_t
+        dx, dweight = linear_beside_backward(x, half_t, dx.contiguous(), dqkv)
         return dx, dweight.to(ctx.kind), *(None,) * 5
 
 

@@ -163,7 +163,7 @@ def linear_norm(
 
 
 @operation("loopwright::linear_beside_backward")
-def _linear_beside_backward(
+def linear_beside_backward(
     x: Tensor, half_t: Tensor, dx: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dx + dy W (..., K), and d weight (N, K) in float32."""
@@ -172,7 +172,7 @@ def _linear_beside_backward(
     return hopper.linear_residual(dy, half_t, dx), dweight
 
 
-@_linear_beside_backward.register_fake
+@linear_beside_backward.register_fake
 def _(x: Tensor, half_t: Tensor, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     columns, rows = half_t.shape
     return torch.empty_like(x), half_t.new_empty((rows, columns), dtype=torch.float32)
@@ -188,7 +188,7 @@ class _LinearBeside(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dx):
         x, half_t = ctx.saved_tensors
-        dx, dweight = _linear_beside_backward(x, half_t, dx.contiguous(), dy.contiguous())
+        dx, dweight = linear_beside_backward(x, half_t, dx.contiguous(), dy.contiguous())
         return dx, dweight.to(ctx.kind), None, None
 
 
