@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 14  # elements a thread takes at a time: five arrays of 64 KB
+_ALIGN = 1 << 14  # threads' shares are multiples of it: vectors end where they would for one thread
 
 # As in atan2.py: minimax coefficients of (atan(r) - r) / r³ in r² on [0, 1].
 C0, C1, C2, C3, C4, C5, C6, C7, C8 = (
@@ -31,7 +31,7 @@ def _update(
     v: np.ndarray,
     numbers: np.ndarray,
 ) -> None:  # pragma: no cover  (compiled)
-    """One chunk in place: `adam_atan2_update`, the atan2 of a second argument that is >= 0."""
+    """A share in place: `adam_atan2_update`, the atan2 of a second argument that is >= 0."""
     keep1, take1, keep2, take2, g_times, m_times, v_times, decay, size = numbers
     for i in range(p.size):
         grad = g[i] * g_times
@@ -88,15 +88,16 @@ def adam_atan2_launch(
         v: second moment, contiguous.
         numbers: beta1, 1 - beta1, beta2, 1 - beta2, what multiplies the gradient, m and sqrt(v)
             inside the atan2, 1 - lr * weight_decay, and the step size.
-        threads: to spread the chunks over. The result does not depend on it.
+        threads: that share the elements, in one call each, since calls wait for the interpreter's
+            lock. The result does not depend on it.
     """
     values = np.array(numbers, dtype=np.float32)
     arrays = [t.detach().view(-1).numpy() for t in (p, p.grad, m, v)]
-    starts = range(0, p.numel(), _CHUNK)
+    share = -(-p.numel() // (threads * _ALIGN)) * _ALIGN
 
-    def part(first: int) -> None:
-        for k in range(first, len(starts), threads):
-            _update(*(a[starts[k] : starts[k] + _CHUNK] for a in arrays), values)
+    def part(number: int) -> None:
+        mine = slice(number * share, (number + 1) * share)
+        _update(*(a[mine] for a in arrays), values)
 
     if threads == 1:
         part(0)
