@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
     def fused(self, x_BLD: Tensor) -> bool:
         """Whether a fused kernel follows the first map on activations like x_BLD."""
-        return not self.qkv.fp8 and self._kernel(x_BLD) is not None
+        return self._kernel(x_BLD) is not None
 
     def _kernel(self, x_BLD: Tensor) -> Callable[..., Tensor] | None:
         """The fused attention (qkv, heads, cos, sin) for activations like x_BLD, or None."""
@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
     def _to_qkv(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """The first map (B, L, 3 D), and x_BLD for whatever else it is used for."""
-        if self.qkv_t is None or not torch.is_grad_enabled():
+        if self.qkv_t is None or not torch.is_grad_enabled():  # as in all 8-bit products
             return self.qkv(x_BLD), x_BLD
         from models.kernels.residual import linear_beside
 
@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
     def _projects(self, kernel: Callable[..., Tensor] | None, x_BLD: Tensor) -> bool:
         """Whether the fused attention makes q, k and v itself: the one over many tokens."""
-        if kernel is None or self.qkv.fp8:
+        if kernel is None or self.qkv.in_eight:
             return False
         from models.kernels import long_attention as long
 
@@ -100,9 +100,24 @@ class Attention(nn.Module):
         else:
             qkv, x_BLD = self._to_qkv(x_BLD)
             mixed = self._gather(qkv, rope, kernel)
-        if self.norm_eps is not None:  # bounds what the last map is given, as in `normed_gate`
-            mixed = F.rms_norm(mixed, mixed.shape[-1:], eps=self.norm_eps)
-        return mixed, x_BLD
+        return self._normed(mixed), x_BLD
+
+    def mix_eight(self, x_BLD: Tensor, small_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
+        """`mix` of x_BLD by fused kernels, where the first map reads small_BLD, x_BLD in 8 bits."""
+        from models.kernels import eight
+        from models.kernels.long_attention import attend_turned
+
+        kernel = self._kernel(x_BLD)
+        if self._projects(kernel, x_BLD):
+            turned = eight.turned_qkv(small_BLD, *self.qkv.eight, *_tables(rope))
+            return self._normed(attend_turned(turned, self.num_heads))
+        return self._normed(self._gather(eight.linear(small_BLD, *self.qkv.eight), rope, kernel))
+
+    def _normed(self, mixed: Tensor) -> Tensor:
+        if self.norm_eps is None:
+            return mixed
+        # bounds what the last map is given, as in `normed_gate`
+        return F.rms_norm(mixed, mixed.shape[-1:], eps=self.norm_eps)
 
     def _gather(
         self, qkv: Tensor, rope: RotaryTable | None, kernel: Callable[..., Tensor] | None

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from models import fp8
 from models.attention import Attention
 from models.config import ModelDims, ReasoningConfig
 from models.kernels import usable
@@ -46,7 +47,7 @@ class Block(nn.Module):
             x_BLD = self._attend(x_BLD, rope)
         else:
             x_BLD = self._mix_tokens(x_BLD)
-        if self._fuses_mlp(x_BLD):
+        if self._fuses_mlp(x_BLD) and not self.mlp.gate_up.in_eight:
             from models.kernels.residual import swiglu_norm
 
             gate_up, down = self.mlp.gate_up.weight, self.mlp.down.weight
@@ -65,11 +66,33 @@ class Block(nn.Module):
             mixes = self._fuses_mixer(x_BLD)
         else:
             out = self.attention.out
-            mixes = not out.fp8 and takes(x_BLD, *out.weight.shape) and self.attention.fused(x_BLD)
+            mixes = takes(x_BLD, *out.weight.shape) and self.attention.fused(x_BLD)
         return mixes and takes_swiglu(x_BLD, self.mlp.gate_up.weight, self.mlp.down.weight)
 
+    def takes_eight(self, x_BLD: Tensor) -> bool:
+        """Whether `forward_eight` takes x_BLD: where the weights are at hand, as `fused`."""
+        return self.mlp.gate_up.eight is not None and self.fused(x_BLD)
+
+    def forward_eight(
+        self, x_BLD: Tensor, small_BLD: Tensor | None, rope: RotaryTable | None, again: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` with 8-bit products; small_BLD is x_BLD in 8 bits, which attention reads.
+
+        The second result is the first in 8 bits, if `again`.
+        """
+        from models.kernels import eight
+
+        if self.attention is None:
+            x_BLD = self._mix_tokens(x_BLD)
+            small_BLD = eight.to_eight(x_BLD)
+        else:
+            mixed = self.attention.mix_eight(x_BLD, small_BLD, rope)
+            x_BLD, small_BLD = eight.linear_norm(mixed, self.attention.out.half, x_BLD, self.eps)
+        weights = *self.mlp.gate_up.eight, *self.mlp.down.eight
+        return eight.swiglu_norm(x_BLD, small_BLD, *weights, self.eps, self.normed, again)
+
     def _fuses_mlp(self, x_BLD: Tensor) -> bool:
-        fusible = self.fusible and type(self.mlp) is SwiGLU and not self.mlp.gate_up.fp8
+        fusible = self.fusible and type(self.mlp) is SwiGLU
         return fusible and usable("residual", x_BLD)
 
     def _fuses_mixer(self, x_BLD: Tensor) -> bool:
@@ -105,7 +128,7 @@ class Block(nn.Module):
 
     def _attend(self, x_BLD: Tensor, rope: RotaryTable | None) -> Tensor:
         (mixed, x_BLD), out = self.attention.mix(x_BLD, rope), self.attention.out
-        if usable("residual", x_BLD) and not out.fp8:
+        if usable("residual", x_BLD) and not out.in_eight:
             from models.kernels.residual import linear_norm
 
             fused = linear_norm(mixed, out.weight, x_BLD, self.eps, out.half)
@@ -159,10 +182,28 @@ class BlockStack(nn.Module):
         self, state_BLD: Tensor, injection_BLD: Tensor | None, recompute: int = 0
     ) -> Tensor:
         """(B, L, D), (B, L, D) → (B, L, D); the backward pass recomputes the first `recompute`."""
+        if fp8.active() and all(block.takes_eight(state_BLD) for block in self.blocks):
+            return self._forward_eight(state_BLD, injection_BLD)
         x_BLD = state_BLD if injection_BLD is None else state_BLD + injection_BLD
         for number, block in enumerate(self.blocks):
             if number < recompute:
                 x_BLD = recomputed(block, x_BLD, self.rope)
             else:
                 x_BLD = block(x_BLD, self.rope)
+        return x_BLD
+
+    def _forward_eight(self, state_BLD: Tensor, injection_BLD: Tensor | None) -> Tensor:
+        from models.kernels import eight
+
+        reads = self.blocks[0].attention is not None  # what a block is given, in 8 bits
+        if injection_BLD is None or not reads:
+            x_BLD = state_BLD if injection_BLD is None else state_BLD + injection_BLD
+            small_BLD = eight.to_eight(x_BLD.contiguous()) if reads else None
+        else:
+            x_BLD, small_BLD = eight.sum_in_eight(
+                state_BLD.contiguous(), injection_BLD.contiguous()
+            )
+        for block in self.blocks:
+            again = reads and block is not self.blocks[-1]
+            x_BLD, small_BLD = block.forward_eight(x_BLD, small_BLD, self.rope, again)
         return x_BLD

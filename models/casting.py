@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from models import fp8
 from models.block import Block
 from models.layers import Linear
 
@@ -33,12 +34,14 @@ def cast_once(levels: nn.Module, like: Tensor) -> Iterator[None]:
             torch._foreach_copy_(halves, weights)  # one launch
         for linear, half in zip(linears, halves, strict=True):
             linear.half = half
+            if linear.fp8:
+                linear.eight = fp8.quantize(linear.weight.detach())
         for block in blocks:
             block.prepare(like)
     try:
         yield
     finally:
         for linear in linears:
-            linear.half = None
+            linear.half = linear.eight = None
         for block in blocks:
             block.release()

@@ -130,7 +130,9 @@ class ReasoningConfig(BaseModel):
     forward_dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         "auto", description="activations; auto: bfloat16 on CUDA, else float32"
     )
-    fp8: bool = Field(False, description="products of the blocks in 8 bits (Ada, Hopper or newer)")
+    fp8: bool = Field(
+        False, description="8-bit products where there is no gradient (Ada, Hopper or newer)"
+    )
     grad_checkpoint: GradCheckpoint = Field(
         "none", description="recompute all but: nothing, or the inputs of blocks, updates, cycles"
     )

@@ -1,19 +1,41 @@
-"""Matrix products in 8 bits: e4m3 for activations and weights, e5m2 for gradients.
+"""Matrix products with 8-bit factors (e4m3) where a schedule has no gradient.
 
-Scales are per tensor and dynamic: the largest magnitude, taken on the device, fills the format's
-range. The product of the weight's own gradient, whose long sum needs the precision, stays in the
-activations' dtype. Source: Micikevicius et al. 2022, "FP8 Formats for Deep Learning",
-arXiv:2209.05433.
+`arch.fp8=true` marks the linear maps of the blocks; while a phase without gradient runs
+(`eight_bits`, in `models.recursion`), in training as in evaluation, they multiply in 8 bits. On
+Hopper a whole block does so by fused kernels (`models.kernels.eight`); elsewhere by torch's scaled
+products, with scales per tensor, taken on the device, that fill the format's range. Source:
+Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from models.errors import ModelError
 
+E4M3 = torch.float8_e4m3fn
 _MULTIPLE = 16  # of both dimensions of a matrix that the hardware takes
+_active = False
+
+
+@contextmanager
+def eight_bits(on: bool) -> Iterator[None]:
+    """Inside, products that may be made in 8 bits are, if `on`. Only without gradient."""
+    global _active
+    before, _active = _active, on
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def active() -> bool:
+    """Whether products that may be made in 8 bits are, now."""
+    return _active
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:
@@ -35,40 +57,20 @@ def fits(weight: Tensor) -> bool:
     return weight.shape[0] % _MULTIPLE == 0 and weight.shape[1] % _MULTIPLE == 0
 
 
-def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x / scale in `dtype`, and the scale (0-dim float32); zeros keep the scale 1e-12."""
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / unit in e4m3, and the unit (0-dim float32); zeros keep the unit 1e-12."""
     largest = x.abs().amax().to(torch.float32)
-    scale = (largest / torch.finfo(dtype).max).clamp(min=1e-12)
-    return (x.to(torch.float32) / scale).to(dtype), scale
+    unit = (largest / torch.finfo(E4M3).max).clamp(min=1e-12)
+    return (x.to(torch.float32) / unit).to(E4M3), unit
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_MD: Tensor) -> Tensor:  # noqa: ANN001
-        x8, x_scale = quantize(x_ND, torch.float8_e4m3fn)
-        w8, w_scale = quantize(weight_MD, torch.float8_e4m3fn)
-        ctx.save_for_backward(x_ND, w8, w_scale)
-        ctx.weight_dtype = weight_MD.dtype
-        return torch._scaled_mm(
-            x8, w8.t(), scale_a=x_scale, scale_b=w_scale, out_dtype=x_ND.dtype, use_fast_accum=True
-        )
+def linear(x: Tensor, weight: Tensor, unit: Tensor) -> Tensor:
+    """x Wᵀ in 8 bits, without gradient: x (..., in), W = weight · unit (out, in), see `quantize`.
 
-    @staticmethod
-    def backward(ctx, grad_NM: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN001
-        x_ND, w8, w_scale = ctx.saved_tensors
-        grad_x = grad_w = None
-        if ctx.needs_input_grad[0]:
-            g8, g_scale = quantize(grad_NM, torch.float8_e5m2)
-            columns = w8.t().contiguous().t()  # the second factor lies column by column
-            grad_x = torch._scaled_mm(
-                g8.contiguous(), columns, scale_a=g_scale, scale_b=w_scale, out_dtype=x_ND.dtype
-            )
-        if ctx.needs_input_grad[1]:
-            grad_w = (grad_NM.t() @ x_ND).to(ctx.weight_dtype)
-        return grad_x, grad_w
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ in 8 bits: x (..., in), weight (out, in) → (..., out) in the dtype of x."""
-    flat = x.reshape(-1, x.shape[-1])
-    return _Product.apply(flat, weight).view(*x.shape[:-1], weight.shape[0])
+    Returns (..., out) in the dtype of x.
+    """
+    x8, x_unit = quantize(x.detach().reshape(-1, x.shape[-1]))
+    out = torch._scaled_mm(
+        x8, weight.t(), scale_a=x_unit, scale_b=unit, out_dtype=x.dtype, use_fast_accum=True
+    )
+    return out.view(*x.shape[:-1], weight.shape[0])

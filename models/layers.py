@@ -55,6 +55,7 @@ class Linear(nn.Module):
     """`y = x Wᵀ (+ b)` in the dtype of x; truncated LeCun-normal weight, zero bias."""
 
     half: Tensor | None = None  # the weight, cast for the pass under way (`models.casting`)
+    eight: tuple[Tensor, Tensor] | None = None  # the same in 8 bits, and its unit
 
     def __init__(
         self,
@@ -72,12 +73,17 @@ class Linear(nn.Module):
 
     def casts(self, x: Tensor) -> bool:
         """Whether the weight has to be cast for activations like x."""
-        return self.weight.dtype != x.dtype and self.bias is None and not self.fp8
+        return self.weight.dtype != x.dtype and self.bias is None
+
+    @property
+    def in_eight(self) -> bool:
+        """Whether to multiply in 8 bits now."""
+        return self.fp8 and fp8.active()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) → (..., out_features)."""
-        if self.fp8:
-            return fp8.linear(x, self.weight.to(x.dtype))
+        if self.in_eight:
+            return fp8.linear(x, *(self.eight or fp8.quantize(self.weight.detach())))
         if self.half is not None:
             if torch.is_grad_enabled():
                 return _LinearOfHalf.apply(x, self.weight, self.half)
@@ -187,7 +193,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., features) → (..., features)."""
         features = x.shape[-1]
-        if self.norm == "none" and usable("swiglu", x) and not self.gate_up.fp8:
+        if self.norm == "none" and usable("swiglu", x) and not self.gate_up.in_eight:
             from models.kernels.swiglu import swiglu_mlp
 
             fused = swiglu_mlp(x, self.gate_up.weight, self.down.weight, self.halves)

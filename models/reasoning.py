@@ -14,7 +14,7 @@ from models.casting import cast_once
 from models.config import ModelDims, ReasoningConfig
 from models.embedding import InputEmbedding
 from models.layers import Linear, truncated_normal
-from models.recursion import Schedule, run
+from models.recursion import Schedule, run, split
 
 State = dict[str, Tensor]  # latent name → (B, prefix + L, D)
 
@@ -131,6 +131,9 @@ class ReasoningModel(nn.Module):
         """The states (each (B, prefix + L, D)) after `schedule`; see `recursion.run`."""
         x_BLD = self.embedding(batch)
         kept = self.config.grad_checkpoint if torch.is_grad_enabled() else "none"
-        # what is recomputed after this pass casts for itself
+        if kept != "none":  # what is recomputed after this pass casts for itself
+            free, schedule = split(schedule)
+            with torch.no_grad(), cast_once(self.levels, x_BLD):
+                state = run(free, state, x_BLD, self.levels)
         with cast_once(self.levels, x_BLD) if kept == "none" else nullcontext():
             return run(schedule, state, x_BLD, self.levels, kept, after_cycle)

@@ -92,12 +92,14 @@ def run(
     """
     import torch
 
+    from models import fp8
+
     values = {**state, INPUT: x}
     grad_enabled = torch.is_grad_enabled()
     for phase in schedule:
         grad = phase.grad and grad_enabled
         kept = grad_checkpoint if grad else "none"
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), fp8.eight_bits(not phase.grad):
             for number in range(phase.repeat):
                 last = phase is schedule[-1] and number == phase.repeat - 1
                 if kept == "all" and not last:

@@ -138,7 +138,12 @@ def long_attention(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | No
     qkv = qkv.contiguous()
     if torch.is_grad_enabled():
         return _LongAttention.apply(qkv, cos, sin, heads)
-    return _attend(turn(qkv, heads, cos, sin), heads, False)[0]
+    return attend_turned(turn(qkv, heads, cos, sin), heads)
+
+
+def attend_turned(turned: Tensor, heads: int) -> Tensor:
+    """Attention (B, L, D), without gradient, of what `turn` gives (B, L, 3 D)."""
+    return _attend(turned, heads, False)[0]
 
 
 class _ProjectedAttention(torch.autograd.Function):
@@ -182,7 +187,7 @@ def projected_attention(
     x = x.contiguous()
     if torch.is_grad_enabled():
         return _ProjectedAttention.apply(x, weight, half, half_t, cos, sin, heads)
-    return _attend(_product(x, half, cos, sin), heads, False)[0], x
+    return attend_turned(_product(x, half, cos, sin), heads), x
 
 
 def supported(x: Tensor, heads: int) -> bool:

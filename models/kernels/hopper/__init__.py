@@ -21,7 +21,7 @@ from torch import Tensor
 from models.kernels.hopper.compile import CompileError, cubin, nvrtc, sources, wgmma
 from models.kernels.hopper.driver import Kernel, load, row_map, weight_map
 
-_PLAIN, _SWIGLU, _SWIGLU_SAVE, _DSWIGLU, _RESIDUAL, _NORM, _ROTARY = range(7)  # as in gemm.cu
+PLAIN, SWIGLU, SWIGLU_SAVE, DSWIGLU, RESIDUAL, NORM, ROTARY = range(7)  # as in gemm.cu
 NORM_WIDTHS = (128, 256, 512, 1024)  # a row in one cluster of at most four thread blocks
 _SHARED_BYTES = 227 * 1024  # that one thread block may use
 
@@ -40,11 +40,13 @@ class Plan:
     cn: int = 1
     normed: bool = False
     period: int = 1
+    eight: bool = False
+    result8: bool = False
 
     @property
     def out(self) -> int:
         """Columns of the result in a tile."""
-        return self.bn // 2 if self.epilogue in (_SWIGLU, _SWIGLU_SAVE) else self.bn
+        return self.bn // 2 if self.epilogue in (SWIGLU, SWIGLU_SAVE) else self.bn
 
     @property
     def rows(self) -> int:
@@ -53,35 +55,45 @@ class Plan:
 
     @property
     def stage_bytes(self) -> int:
-        """Shared memory of a stage: 64 columns of a tile of x, and of W where it streams."""
+        """Shared memory of a stage: 128 bytes of each row of x, and of W where it streams."""
         return 128 * (self.rows + (0 if self.stationary else self.bn))
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block: W, the stages, barriers, alignment, sums of squares."""
-        weights = 2 * self.bn * self.k if self.stationary else 0
+        weights = (1 if self.eight else 2) * self.bn * self.k if self.stationary else 0
         small = 1536 + 8 * (self.k // 64) + 8 * self.cn * self.rows
         return weights + self.stages * self.stage_bytes + small
 
 
 @functools.cache
-def plan(epilogue: int, k: int, columns: int, normed: bool = False, period: int = 1) -> Plan:
+def plan(
+    epilogue: int,
+    k: int,
+    columns: int,
+    normed: bool = False,
+    period: int = 1,
+    eight: bool = False,
+    result8: bool = False,
+) -> Plan:
     """The plan for a product with K = k and `columns` columns of result: a rule, no timing."""
-    p = Plan(epilogue, k, columns, cm=2, normed=normed, period=period)
-    if epilogue == _DSWIGLU:  # gate and up take the registers of the other half of 256 columns
+    p = Plan(epilogue, k, columns, 256, False, 0, 2, 1, normed, period, eight, result8)
+    if eight and k <= 512 and epilogue != NORM:
+        p = replace(p, stationary=True, cm=1)
+    if epilogue == DSWIGLU:  # gate and up take the registers of the other half of 256 columns
         p = replace(p, bn=128)
         if k <= 512:
             p = replace(p, stationary=True, cm=1, cn=2 if columns % 256 == 0 else 1)
     elif columns % p.out:
         p = replace(p, bn=128)
-    if epilogue == _NORM:
+    if epilogue == NORM:
         p = replace(p, cm=1, cn=columns // p.bn)
     return replace(p, stages=min(8, (_SHARED_BYTES - p.shared_bytes) // p.stage_bytes))
 
 
 @functools.cache
 def _kernel(p: Plan, device: int) -> Kernel:
-    text = wgmma(p.bn) + "\n" + sources("instructions.cu", "gemm.cu")
+    text = wgmma(p.bn, p.eight) + "\n" + sources("instructions.cu", "gemm.cu")
     macros = {
         "EPILOGUE": p.epilogue,
         "NORMED": int(p.normed),
@@ -93,12 +105,14 @@ def _kernel(p: Plan, device: int) -> Kernel:
         "CM": p.cm,
         "CN": p.cn,
         "PERIOD": p.period,
+        "EIGHT": int(p.eight),
+        "RESULT8": int(p.result8),
     }
     code = cubin(text, macros)
     return load(code, "gemm", 384, p.shared_bytes, p.cm * p.cn)
 
 
-def _run(
+def launch(
     p: Plan,
     x: Tensor,
     w: Tensor,
@@ -109,6 +123,7 @@ def _run(
     eps: float = 0.0,
     scales: Tensor | None = None,
     slopes: Tensor | None = None,
+    unit: Tensor | None = None,
 ) -> None:
     if not out.numel():
         return
@@ -126,7 +141,10 @@ def _run(
                 *map(ctypes.c_void_p, pointers),
                 ctypes.c_uint32(rows),
                 ctypes.c_float(eps),
-                *(ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in (scales, slopes)),
+                *(
+                    ctypes.c_void_p(0 if t is None else t.data_ptr())
+                    for t in (scales, slopes, unit)
+                ),
             ),
         )
 
@@ -166,7 +184,7 @@ def supported(w: Tensor, *activations: Tensor) -> bool:
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """`F.linear(x, w)`: x (..., K), w (N, K) → (..., N)."""
     out = x.new_empty(*x.shape[:-1], w.shape[0])
-    _run(plan(_PLAIN, w.shape[1], w.shape[0]), x, w, None, out)
+    launch(plan(PLAIN, w.shape[1], w.shape[0]), x, w, None, out)
     return out
 
 
@@ -179,8 +197,8 @@ def linear_rotary(
     are turned together: cos, sin (L, 64) float32 with equal halves (see `RotaryTable`), or None.
     """
     out = x.new_empty(*x.shape[:-1], w.shape[0])
-    p = plan(_ROTARY, w.shape[1], w.shape[0], False, x.shape[-2])
-    _run(p, x, w, None, out, eps=scale, scales=cos, slopes=sin)
+    p = plan(ROTARY, w.shape[1], w.shape[0], False, x.shape[-2])
+    launch(p, x, w, None, out, eps=scale, scales=cos, slopes=sin)
     return out
 
 
@@ -194,7 +212,7 @@ def linear_swiglu(x: Tensor, w: Tensor, save: bool) -> tuple[Tensor, Tensor | No
 
 def linear_swiglu_squares(x: Tensor, w: Tensor, save: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """`linear_swiglu`, and sums of (gate ⊙ up)² in parts: (T, M) float32, to be added over T."""
-    tiles = w.shape[0] // 2 // plan(_SWIGLU, w.shape[1], w.shape[0] // 2, True).out
+    tiles = w.shape[0] // 2 // plan(SWIGLU, w.shape[1], w.shape[0] // 2, True).out
     parts = x.new_empty(tiles, x.numel() // x.shape[-1], dtype=torch.float32)
     return *_swiglu(x, w, save, parts), parts
 
@@ -203,8 +221,8 @@ def _swiglu(x: Tensor, w: Tensor, save: bool, parts: Tensor | None) -> tuple[Ten
     inner = w.shape[0] // 2
     h = x.new_empty(*x.shape[:-1], inner)
     wide = x.new_empty(*x.shape[:-1], 2 * inner) if save else None
-    p = plan(_SWIGLU_SAVE if save else _SWIGLU, w.shape[1], inner, parts is not None)
-    _run(p, x, w, None, h, wide, parts)
+    p = plan(SWIGLU_SAVE if save else SWIGLU, w.shape[1], inner, parts is not None)
+    launch(p, x, w, None, h, wide, parts)
     return h, wide
 
 
@@ -225,15 +243,15 @@ def linear_dswiglu(
     """
     wide = gate_up.new_empty(gate_up.shape)
     h = dy.new_empty(*dy.shape[:-1], w_t.shape[0])
-    p = plan(_DSWIGLU, w_t.shape[1], w_t.shape[0], scales is not None)
-    _run(p, dy, w_t, gate_up, h, wide, scales=scales, slopes=slopes)
+    p = plan(DSWIGLU, w_t.shape[1], w_t.shape[0], scales is not None)
+    launch(p, dy, w_t, gate_up, h, wide, scales=scales, slopes=slopes)
     return wide, h
 
 
 def linear_residual(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
     """`r + F.linear(x, w)`: x (..., K), w (N, K), r (..., N) → (..., N)."""
     out = r.new_empty(r.shape)
-    _run(plan(_RESIDUAL, w.shape[1], w.shape[0]), x, w, r, out)
+    launch(plan(RESIDUAL, w.shape[1], w.shape[0]), x, w, r, out)
     return out
 
 
@@ -249,6 +267,6 @@ def linear_residual_norm(
     """
     out = r.new_empty(r.shape)
     factors = r.new_empty(r.shape[:-1], dtype=torch.float32) if save else None
-    p = plan(_NORM, w.shape[1], w.shape[0], scales is not None)
-    _run(p, x, w, r, out, None, factors, eps, scales)
+    p = plan(NORM, w.shape[1], w.shape[0], scales is not None)
+    launch(p, x, w, r, out, None, factors, eps, scales)
     return out, factors

@@ -100,8 +100,12 @@ def compile_source(source: str, options: list[str]) -> tuple[bytes, str]:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def wgmma(columns: int) -> str:
-    """The function `wgmma(d, a, b, accumulate)` of gemm.cu: d (64, columns) (+)= a (64, 16) bᵀ."""
+def wgmma(columns: int, eight: bool = False) -> str:
+    """The function `wgmma(d, a, b, accumulate)` of gemm.cu: d (64, columns) (+)= a (64, 16) bᵀ.
+
+    eight: a (64, 32) and b in e4m3.
+    """
+    kind, straight = ("k32.f32.e4m3.e4m3", "") if eight else ("k16.f32.bf16.bf16", ", 0, 0")
     values = columns // 2
     registers = ", ".join(f"%{i}" for i in range(values))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(values))
@@ -109,8 +113,8 @@ def wgmma(columns: int) -> str:
 __device__ __forceinline__ void wgmma(float (&d)[{values}], unsigned long long a,
                                       unsigned long long b, int accumulate) {{
   asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{values + 2}, 0;\\n"
-    "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{registers}}},"
-    " %{values}, %{values + 1}, p, 1, 1, 0, 0;\\n}}"
+    "wgmma.mma_async.sync.aligned.m64n{columns}{kind} {{{registers}}},"
+    " %{values}, %{values + 1}, p, 1, 1{straight};\\n}}"
     : {outputs} : "l"(a), "l"(b), "r"(accumulate));
 }}
 """

@@ -17,7 +17,8 @@ from torch import Tensor
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_BFLOAT16, _PROMOTE_256B = 9, 3  # of CUtensorMap
+_KINDS = {1: 0, 2: 9}  # of CUtensorMap, by the bytes of an element: uint8, bfloat16
+_PROMOTE_256B = 3
 _SWIZZLES = {64: 2, 128: 3}  # bytes of a row of the box
 
 
@@ -103,54 +104,64 @@ def load(code: bytes, name: str, threads: int, shared_bytes: int, cluster: int) 
 
 
 def _encode(
-    pointer: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+    pointer: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    bytes_each: int = 2,
 ) -> ctypes.Array[ctypes.c_uint64]:
-    """A tensor map of bfloat16 (128 bytes): sizes and box in elements, fastest dimension first;
-    strides in bytes, of all dimensions but the fastest. A row of the box, 64 or 128 bytes, is
-    swizzled by as much."""
+    """A tensor map of bfloat16 or 8 bits (128 bytes): sizes and box in elements, fastest dimension
+    first; strides in bytes, of all dimensions but the fastest. A row of the box, 64 or 128 bytes,
+    is swizzled by as much."""
     room = (ctypes.c_uint64 * 24)()  # the map needs 64-byte alignment: 16 words of 24
     at = -ctypes.addressof(room) % 64
     result = (ctypes.c_uint64 * 16).from_buffer(room, at)
     rank = len(sizes)
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.byref(result),
-        _BFLOAT16,
+        _KINDS[bytes_each],
         rank,
         ctypes.c_void_p(pointer),
         (ctypes.c_uint64 * rank)(*sizes),
         (ctypes.c_uint64 * (rank - 1))(*strides),
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
-        *(0, _SWIZZLES[2 * box[0]], _PROMOTE_256B, 0),  # no interleaving; outside is read as zero
+        *(
+            0,
+            _SWIZZLES[bytes_each * box[0]],
+            _PROMOTE_256B,
+            0,
+        ),  # no interleaving; outside is read as zero
     )
     _check(status, "cuTensorMapEncodeTiled")
     return result
 
 
 @functools.lru_cache(maxsize=1024)
-def _row_map(pointer: int, rows: int, columns: int, box_rows: int) -> ctypes.Array:
-    return _encode(pointer, [columns, rows], [2 * columns], [64, box_rows])
+def _row_map(pointer: int, rows: int, columns: int, each: int, box_rows: int) -> ctypes.Array:
+    return _encode(pointer, [columns, rows], [each * columns], [128 // each, box_rows], each)
 
 
 @functools.lru_cache(maxsize=1024)
-def _weight_map(pointer: int, rows: int, columns: int, box_rows: int) -> ctypes.Array:
-    row = 2 * columns
+def _weight_map(pointer: int, rows: int, columns: int, each: int, box_rows: int) -> ctypes.Array:
+    row = each * columns
     return _encode(
         pointer,
         [columns, 2, 4, 4, rows // 32],
         [row, 8 * row, 2 * row, 32 * row],
-        [64, 2, 4, 4, box_rows // 32],
+        [128 // each, 2, 4, 4, box_rows // 32],
+        each,
     )
 
 
 def row_map(x: Tensor, box_rows: int) -> ctypes.Array:
-    """Tensor map of x (rows, columns), read in boxes of box_rows × 64, swizzled by 128 bytes."""
-    return _row_map(x.data_ptr(), x.shape[0], x.shape[1], box_rows)
+    """Tensor map of x (rows, columns), 8 or 16 bits, in swizzled boxes of box_rows × 128 bytes."""
+    return _row_map(x.data_ptr(), *x.shape, x.element_size(), box_rows)
 
 
 def weight_map(w: Tensor, box_rows: int) -> ctypes.Array:
     """The same of a weight whose rows are laid in the order that gemm.cu explains at its top."""
-    return _weight_map(w.data_ptr(), w.shape[0], w.shape[1], box_rows)
+    return _weight_map(w.data_ptr(), *w.shape, w.element_size(), box_rows)
 
 
 @functools.lru_cache(maxsize=1024)

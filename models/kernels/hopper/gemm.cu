@@ -1,4 +1,5 @@
 // y = epilogue(x Wᵀ) on Hopper (sm_90a): bf16 operands, float32 accumulation, any number of rows M.
+// EIGHT: x and W in 8 bits (e4m3), W in units of *unit; what follows is the same.
 //
 // One warpgroup loads tiles of x and W by TMA, the other two multiply (wgmma) and write the result.
 // Thread blocks stay resident and walk over the tiles. Two schedules, chosen at compile time:
@@ -7,7 +8,8 @@
 //   STATIONARY (K up to 512): the block keeps its BN rows of W for the whole of K in shared memory
 //     and streams tiles of 64 rows of x past them. Each multiplying warpgroup owns whole tiles in
 //     turn, so that one's epilogue hides behind the others' products: for epilogues that are bound
-//     by the memory. For the others BN = 256, which has no room for this, is faster.
+//     by the memory, and for 8 bits. For the others BN = 256, which has no room for this in bf16,
+//     is faster.
 //
 // A cluster is CM × CN blocks: those in a row of it share the tile of x, those in a column share
 // the tile of W; each loads its part and multicasts it to the others.
@@ -20,7 +22,8 @@
 // goes through the product after it, so the first product leaves h = silu(gate) ⊙ up as it is, and
 // the sums of (gate up)² of each tile; NORM multiplies its rows by the factors made of these.
 //
-// Compile-time: EPILOGUE, NORMED, K, COLUMNS (of the result: h for SwiGLU), BN (rows of W a tile),
+// Compile-time: EPILOGUE, NORMED, EIGHT, RESULT8 (SwiGLU's h in 8 bits; NORM's result in 8 bits, too,
+// as `wide`), K, COLUMNS (of the result: h for SwiGLU), BN (rows of W a tile),
 // STATIONARY, STAGES, CM, CN, PERIOD (tokens of a sequence, for ROTARY); and the function wgmma(),
 // written for BN by compile.py. What wraps a single instruction is in instructions.cu.
 
@@ -36,12 +39,12 @@
 #define READS (EPILOGUE >= DSWIGLU && EPILOGUE <= NORM)  // the epilogue has another operand
 #define GATED (EPILOGUE == SWIGLU || EPILOGUE == SWIGLU_SAVE)
 constexpr int WGS = 2;                         // multiplying warpgroups
-constexpr int BK = 64;                         // 128 bytes: the width of a swizzled row
+constexpr int BK = EIGHT ? 128 : 64;           // 128 bytes: the width of a swizzled row
 constexpr int KB = K / BK;                     // blocks of K in a tile
 constexpr int BM = STATIONARY ? 64 : 64 * WGS; // rows of x in a stage
 constexpr int OUT = GATED ? BN / 2 : BN;       // columns of the result in a tile
 constexpr int CLUSTER = CM * CN;
-constexpr int A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2;
+constexpr int A_BYTES = BM * 128, B_BYTES = BN * 128;
 constexpr int STAGE_BYTES = A_BYTES + (STATIONARY ? 0 : B_BYTES);
 constexpr int NGROUPS = COLUMNS / OUT / CN;    // tiles of the result in a row of it, in clusters
 constexpr int VALUES = BN / 2;                 // accumulators of a thread
@@ -203,6 +206,7 @@ __device__ __forceinline__ void epilogue(const float (&d)[VALUES], const Operand
     if (r >= M) return;
     if (EPILOGUE == NORM && factors && column == 0) factors[r] = factor[half];
     bf16* to = out + (u64)r * COLUMNS + column;
+    e4m3* small = (e4m3*)(EPILOGUE == NORM ? wide : out) + (u64)r * COLUMNS + column;
     bf16* wide_to = wide + (u64)r * (2 * COLUMNS) + column;
 #pragma unroll
     for (int g = 0; g < OUT / 32; g++) {
@@ -213,7 +217,7 @@ __device__ __forceinline__ void epilogue(const float (&d)[VALUES], const Operand
         if (GATED) {
           a[i] = x;
           b[i] = d[(VALUES / 2 + index(half, g, i)) % VALUES];
-          v[i] = a[i] * sigmoid(a[i]) * b[i];
+          v[i] = a[i] * (RESULT8 ? sigmoid_fast(a[i]) : sigmoid(a[i])) * b[i];
         } else if (EPILOGUE == DSWIGLU) {
           float gate = get(o.v[0][half][g], i), up = get(o.v[PARTS - 1][half][g], i);
           float s = sigmoid(gate), silu = gate * s;
@@ -229,7 +233,8 @@ __device__ __forceinline__ void epilogue(const float (&d)[VALUES], const Operand
           v[i] = EPILOGUE == NORM ? x * factor[half] : x;
         }
       }
-      store8(to + 32 * g, round8(v));
+      if (RESULT8) store8(small + 32 * g, round8_e4m3(v));
+      if (!RESULT8 || EPILOGUE == NORM) store8(to + 32 * g, round8(v));
       if (EPILOGUE == SWIGLU_SAVE || EPILOGUE == DSWIGLU) {
         store8(wide_to + 32 * g, round8(a));
         store8(wide_to + COLUMNS + 32 * g, round8(b));
@@ -244,7 +249,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
 gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
      const bf16* __restrict__ other, bf16* __restrict__ out, bf16* __restrict__ wide,
      float* __restrict__ factors, u32 M, float eps, const float* __restrict__ scales,
-     const float* __restrict__ slopes) {
+     const float* __restrict__ slopes, const float* __restrict__ unit) {
   extern __shared__ unsigned char dynamic[];
   unsigned char* base = dynamic + (-address(dynamic) & 1023);
   unsigned char* stages = base + (STATIONARY ? KB * B_BYTES : 0);
@@ -364,7 +369,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         u64 b = descriptor(STATIONARY ? base + kb * B_BYTES : at + A_BYTES);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int k = 0; k < 4; k++) wgmma(d, a + 2 * k, b + 2 * k, kb | k);  // 16 columns: 32 bytes
+        for (int k = 0; k < 4; k++) wgmma(d, a + 2 * k, b + 2 * k, kb | k);  // 32 bytes of a row
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         if (kb > 0) {  // the block before this one is done: its stage may be overwritten
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
@@ -380,6 +385,11 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       __syncwarp();  // and the compiler moves none of the epilogue before this
 #pragma unroll
       for (int j = 0; j < VALUES; j++) asm volatile("" : "+f"(d[j])::"memory");
+      if (EIGHT) {
+        const float by = *unit;
+#pragma unroll
+        for (int j = 0; j < VALUES; j++) d[j] *= by;
+      }
       float factor[2] = {1, 1};
       if (EPILOGUE == ROTARY) rotate(d, angles, left, eps);
       if (EPILOGUE == RESIDUAL || EPILOGUE == NORM)
