@@ -22,7 +22,6 @@ attend_backward(const __grid_constant__ TensorMap qkv_map,
   Barriers& bars = *(Barriers*)(all_sums + TEAMS * PAIRS * 4);
   init(bars);
   __syncthreads();
-  follow();
 
   if (threadIdx.x >= TEAM * TEAMS) {  // ---- the loading warpgroup: one thread of it
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");

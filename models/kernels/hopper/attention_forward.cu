@@ -12,7 +12,6 @@ attend(const __grid_constant__ TensorMap qkv_map, const float* __restrict__ cos,
   Barriers& bars = *(Barriers*)(after + TABLE + SLACK);
   init(bars);
   __syncthreads();
-  follow();
 
   if (threadIdx.x >= TEAM * TEAMS) {  // ---- the loading warpgroup: one thread of it
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");

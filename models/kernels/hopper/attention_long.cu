@@ -115,7 +115,6 @@ attend_long(const __grid_constant__ TensorMap q_map, const __grid_constant__ Ten
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  follow();
 
   u32 round = 0, step = 0, head_parity = 0;
   if (threadIdx.x >= 128 * WGS) {  // ---- the loading warpgroup: one thread of it

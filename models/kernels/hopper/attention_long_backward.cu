@@ -134,7 +134,6 @@ attend_long_backward(const __grid_constant__ TensorMap own_map,    // of qkv: k,
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  follow();
 
   u32 i = 0, step = 0;
   if (threadIdx.x >= 128 * WGS) {  // ---- the loading warpgroup: one thread of it

@@ -47,9 +47,3 @@ __device__ __forceinline__ u32 cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-
-// Launches overlap (see driver.py): the next kernel may take the multiprocessors that this one
-// leaves, and set itself up there; this one has done so, and goes on when all before it is done.
-__device__ __forceinline__ void follow() {
-  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
-}

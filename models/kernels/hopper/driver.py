@@ -16,7 +16,6 @@ from torch import Tensor
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-_OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _KINDS = {1: 0, 2: 9}  # of CUtensorMap, by the bytes of an element: uint8, bfloat16
 _PROMOTE_256B = 3
 _SWIZZLES = {64: 2, 128: 3}  # bytes of a row of the box
@@ -47,11 +46,6 @@ class _LaunchConfig(ctypes.Structure):
     ]
 
 
-def _attribute(identifier: int, *values: int) -> ctypes.Array[ctypes.c_uint32]:
-    """A CUlaunchAttribute: what it is, and from byte 8 its value."""
-    return (ctypes.c_uint32 * 18)(identifier, 0, *values)
-
-
 @dataclass(frozen=True)
 class Kernel:
     """A loaded kernel of persistent thread blocks, in clusters of a size fixed at compile time."""
@@ -64,20 +58,14 @@ class Kernel:
     resident: int  # clusters that the device holds at once
 
     def launch(self, clusters: int, stream: int, arguments: tuple) -> None:
-        """Start min(clusters, resident) clusters; `arguments` are ctypes values.
-
-        Thread blocks may start while the kernel before is ending: each calls `follow` (basics.cu)
-        before it touches memory that other kernels use.
-        """
+        """Start min(clusters, resident) clusters; `arguments` are ctypes values."""
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         blocks = min(clusters, self.resident) * self.cluster
-        attribute = _attribute(_OVERLAP, 1)
-        config = _LaunchConfig(
-            blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, stream,
-            ctypes.addressof(attribute), 1,
+        status = _driver().cuLaunchKernel(
+            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared_bytes,
+            ctypes.c_void_p(stream), pointers, None,
         )  # fmt: skip
-        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None)
-        _check(status, "cuLaunchKernelEx")
+        _check(status, "cuLaunchKernel")
 
 
 def load(code: bytes, name: str, threads: int, shared_bytes: int, cluster: int) -> Kernel:
@@ -92,7 +80,8 @@ def load(code: bytes, name: str, threads: int, shared_bytes: int, cluster: int) 
     _check(
         cuda.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes), "cuFuncSetAttribute"
     )
-    attribute = _attribute(_CLUSTER_DIMENSION, cluster, 1, 1)
+    # One CUlaunchAttribute: an identifier, and from byte 8 the dimensions of the cluster.
+    attribute = (ctypes.c_uint32 * 18)(_CLUSTER_DIMENSION, 0, cluster, 1, 1)
     config = _LaunchConfig(
         cluster, 1, 1, threads, 1, 1, shared_bytes, None, ctypes.addressof(attribute), 1
     )

@@ -270,7 +270,6 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
-  follow();
 
   const Walk tiles = walk(M);
   const u32 rank = cluster_rank(), cm = rank / CN, cn = rank % CN;

@@ -50,7 +50,6 @@ mixer(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
-  follow();
 
   const u32 rank = cluster_rank(), across = D / 64, tiles = B * across;
   const u32 clusters = gridDim.x / CLUSTER, rounds = (tiles + CLUSTER * WGS - 1) / (CLUSTER * WGS);

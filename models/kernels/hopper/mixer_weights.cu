@@ -42,7 +42,6 @@ mixer_weights(const __grid_constant__ TensorMap x_map, const __grid_constant__ T
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
-  follow();
 
   const u32 rank = cluster_rank(), across = D / 64;
   const u32 count = (B * across + 1) / 2;              // pairs of tiles
