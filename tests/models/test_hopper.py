@@ -158,6 +158,12 @@ def test_without_a_gpu():
             plan = hopper.plan(epilogue, k, 1024)
             assert plan.shared_bytes <= 227 * 1024
             assert plan.stages >= 3
+    for epilogue in (hopper.PLAIN, hopper.SWIGLU, hopper.NORM, hopper.ROTARY):
+        for k in range(128, 4097, 128):
+            for columns in (128, 384, 512, 1024):
+                plan = hopper.plan(epilogue, k, columns, eight=True)
+                assert plan.shared_bytes <= 227 * 1024 and plan.stages >= 3
+                assert columns % (plan.out * plan.cn) == 0
 
 
 def test_cache(monkeypatch, tmp_path):

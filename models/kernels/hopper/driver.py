@@ -115,12 +115,7 @@ def _encode(
         (ctypes.c_uint64 * (rank - 1))(*strides),
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
-        *(
-            0,
-            _SWIZZLES[bytes_each * box[0]],
-            _PROMOTE_256B,
-            0,
-        ),  # no interleaving; outside is read as zero
+        *(0, _SWIZZLES[bytes_each * box[0]], _PROMOTE_256B, 0),  # last: outside is read as zero
     )
     _check(status, "cuTensorMapEncodeTiled")
     return result

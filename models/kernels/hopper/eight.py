@@ -2,8 +2,8 @@
 
 As in `models.kernels.hopper`, but x and W are torch.float8_e4m3fn, and W comes in units of `unit`,
 a float32 scalar on the device: y = unit · x Wᵀ, accumulated in float32 (the tensor cores keep some
-14 bits of a partial sum). Activations have no scale: they follow an RMSNorm, or are products of
-such, and e4m3 spans 2⁻⁹ to 448; what is beyond becomes ±448.
+14 bits of a partial sum). K and N are multiples of 128. Activations have no scale: they follow an
+RMSNorm, or are products of such, and e4m3 spans 2⁻⁹ to 448; what is beyond becomes ±448.
 """
 
 from __future__ import annotations
@@ -14,11 +14,6 @@ from torch import Tensor
 from models.kernels import hopper
 
 E4M3 = torch.float8_e4m3fn
-
-
-def supported(rows: int, columns: int) -> bool:
-    """Whether a weight (rows, columns) is taken: both multiples of 128."""
-    return rows % 128 == 0 and columns % 128 == 0
 
 
 def linear(x: Tensor, w: Tensor, unit: Tensor) -> Tensor:
