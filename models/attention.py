@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
     def _to_qkv(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """The first map (B, L, 3 D), and x_BLD for whatever else it is used for."""
-        if self.qkv_t is None or not torch.is_grad_enabled():  # as in all 8-bit products
+        if self.qkv_t is None or not torch.is_grad_enabled():  # 8-bit products have none
             return self.qkv(x_BLD), x_BLD
         from models.kernels.residual import linear_beside
 
@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
     def _projects(self, kernel: Callable[..., Tensor] | None, x_BLD: Tensor) -> bool:
         """Whether the fused attention makes q, k and v itself: the one over many tokens."""
-        if kernel is None or self.qkv.in_eight:
+        if kernel is None:
             return False
         from models.kernels import long_attention as long
 
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         Both (B, L, D). With the second in its residual a block spares its backward pass a sum.
         """
         kernel = self._kernel(x_BLD)
-        if self._projects(kernel, x_BLD):
+        if self._projects(kernel, x_BLD) and not self.qkv.in_eight:
             from models.kernels.long_attention import projected_attention
 
             weights = self.qkv.weight, self.num_heads, *_tables(rope), self.qkv.half, self.qkv_t

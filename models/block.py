@@ -198,7 +198,8 @@ class BlockStack(nn.Module):
         reads = self.blocks[0].attention is not None  # what a block is given, in 8 bits
         if injection_BLD is None or not reads:
             x_BLD = state_BLD if injection_BLD is None else state_BLD + injection_BLD
-            small_BLD = eight.to_eight(x_BLD.contiguous()) if reads else None
+            x_BLD = x_BLD.contiguous()
+            small_BLD = eight.to_eight(x_BLD) if reads else None
         else:
             x_BLD, small_BLD = eight.sum_in_eight(
                 state_BLD.contiguous(), injection_BLD.contiguous()

@@ -27,18 +27,18 @@ def cast_once(levels: nn.Module, like: Tensor) -> Iterator[None]:
     """
     linears = [m for m in levels.modules() if isinstance(m, Linear) and m.casts(like)]
     blocks = [m for m in levels.modules() if isinstance(m, Block)] if linears else []
-    if linears:
-        weights = [m.weight.detach() for m in linears]
-        halves = [torch.empty_like(w, dtype=like.dtype) for w in weights]
-        with torch.no_grad():
-            torch._foreach_copy_(halves, weights)  # one launch
-        for linear, half in zip(linears, halves, strict=True):
-            linear.half = half
-            if linear.fp8:
-                linear.eight = fp8.quantize(linear.weight.detach())
-        for block in blocks:
-            block.prepare(like)
     try:
+        if linears:
+            weights = [m.weight.detach() for m in linears]
+            halves = [torch.empty_like(w, dtype=like.dtype) for w in weights]
+            with torch.no_grad():
+                torch._foreach_copy_(halves, weights)  # one launch
+            for linear, half in zip(linears, halves, strict=True):
+                linear.half = half
+                if linear.fp8:
+                    linear.eight = fp8.quantize(linear.weight.detach())
+            for block in blocks:
+                block.prepare(like)
         yield
     finally:
         for linear in linears:

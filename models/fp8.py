@@ -69,7 +69,7 @@ def linear(x: Tensor, weight: Tensor, unit: Tensor) -> Tensor:
 
     Returns (..., out) in the dtype of x.
     """
-    x8, x_unit = quantize(x.detach().reshape(-1, x.shape[-1]))
+    x8, x_unit = quantize(x.detach().reshape(-1, x.shape[-1]).contiguous())
     out = torch._scaled_mm(
         x8, weight.t(), scale_a=x_unit, scale_b=unit, out_dtype=x.dtype, use_fast_accum=True
     )

@@ -133,7 +133,8 @@ class ReasoningModel(nn.Module):
         kept = self.config.grad_checkpoint if torch.is_grad_enabled() else "none"
         if kept != "none":  # what is recomputed after this pass casts for itself
             free, schedule = split(schedule)
-            with torch.no_grad(), cast_once(self.levels, x_BLD):
-                state = run(free, state, x_BLD, self.levels)
+            if free:
+                with torch.no_grad(), cast_once(self.levels, x_BLD):
+                    state = run(free, state, x_BLD, self.levels)
         with cast_once(self.levels, x_BLD) if kept == "none" else nullcontext():
             return run(schedule, state, x_BLD, self.levels, kept, after_cycle)

@@ -4,7 +4,7 @@
 The product that makes q | k | v rotates q and k in its epilogue, where both halves of a pair are in
 a thread's registers, and scales q so that scores are exponents of 2. Attention reads that, and so
 does its backward, which rotates the gradients back before it writes them: what comes out is the
-gradient of the product's own result. Where a qkv product comes from elsewhere (8 bits, a width that
+gradient of the product's own result. Where a qkv product comes from elsewhere (a width that
 the kernel does not take), one pass over memory turns it.
 """
 

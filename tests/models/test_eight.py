@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models import ARCHITECTURES, ModelDims, build_model, fp8, kernels
+from models.kernels import eight as operations
 from models.kernels import hopper
 from models.kernels.hopper import attention_long, eight
 from models.layers import RotaryTable
@@ -123,8 +124,6 @@ def test_rotary(length, rotated):
 
 @pytest.mark.parametrize("size", ((0, 4, 128), (1, 1, 128), (3, 97, 512)))
 def test_states_in_eight(size):
-    from models.kernels import eight as operations
-
     x, other = draw(*size), draw(*size, scale=300)
     close_in_eight(operations.to_eight(other), other.double())
     total, small = operations.sum_in_eight(x, other)
@@ -136,7 +135,7 @@ def test_states_in_eight(size):
 @pytest.mark.parametrize("mixer", ("attention", "mlp"))
 @pytest.mark.parametrize("length", (81, 300))
 @pytest.mark.parametrize("within", ("none", "product"))
-def test_model(name, mixer, length, within):
+def test_model(monkeypatch, name, mixer, length, within):
     """A model's fused 8-bit phases: close to bfloat16, the same in evaluation, in a graph."""
     if mixer == "mlp" and (name == "hrm" or length == 300):
         pytest.skip("no such model, or no fused mixer")
@@ -159,9 +158,12 @@ def test_model(name, mixer, length, within):
         return forward(self, *arguments)
 
     type(model.levels["L"])._forward_eight = counted
+    products = []
+    turned = operations.turned_qkv
+    monkeypatch.setattr(operations, "turned_qkv", lambda *a: (products.append(1), turned(*a))[1])
     try:
         trained = model(model.init_state(5), batch)
-        assert asked
+        assert asked and bool(products) == (mixer == "attention" and length == 300)
         trained.logits.float().sum().backward()
         with torch.no_grad():
             evaluated = model.eval()(model.init_state(5), batch)

@@ -8,7 +8,7 @@
 //   STATIONARY (K up to 512): the block keeps its BN rows of W for the whole of K in shared memory
 //     and streams tiles of 64 rows of x past them. Each multiplying warpgroup owns whole tiles in
 //     turn, so that one's epilogue hides behind the others' products: for epilogues that are bound
-//     by the memory, and for 8 bits. For the others BN = 256, which has no room for this in bf16,
+//     by the memory, and all but NORM in 8 bits. For the others BN = 256, which has no room for this in bf16,
 //     is faster.
 //
 // A cluster is CM × CN blocks: those in a row of it share the tile of x, those in a column share

@@ -85,7 +85,7 @@ __device__ __forceinline__ EightSmall round8_e4m3(const float* v) {  // what is 
   return r;
 }
 
-// 1 / (1 + exp(-x)), off by 3e-4 at most, in one special-function instruction: e4m3 rounds at 2⁻⁴.
+// 1 / (1 + exp(-x)), off by 3e-4 at most (absolute), in one special-function instruction.
 __device__ __forceinline__ float sigmoid_fast(float x) {
   float t;
   asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(0.5f * x));
