@@ -30,6 +30,7 @@ def build_model(
     generator = torch.Generator().manual_seed(seed)
     dtype = forward_dtype(config, device)
     if config.fp8:
+        fp8.check_schedule(config.schedule())
         fp8.check_device(device, dtype)
     backend = "sdpa"
     if config.has_attention:

@@ -19,11 +19,11 @@ from models.layers import Linear
 
 
 @contextmanager
-def cast_once(levels: nn.Module, like: Tensor) -> Iterator[None]:
+def cast_once(levels: nn.Module, like: Tensor, eight: bool = False) -> Iterator[None]:
     """Inside, the layers of `levels` find their weights as activations like `like` need them.
 
     `like` (B, L, D) has the shape, dtype and device of all states. Nothing happens where the
-    weights have its dtype already.
+    weights have its dtype already. `eight`: in 8 bits, too, where a layer may multiply in these.
     """
     linears = [m for m in levels.modules() if isinstance(m, Linear) and m.casts(like)]
     blocks = [m for m in levels.modules() if isinstance(m, Block)] if linears else []
@@ -35,7 +35,7 @@ def cast_once(levels: nn.Module, like: Tensor) -> Iterator[None]:
                 torch._foreach_copy_(halves, weights)  # one launch
             for linear, half in zip(linears, halves, strict=True):
                 linear.half = half
-                if linear.fp8:
+                if eight and linear.fp8:
                     linear.eight = fp8.quantize(linear.weight.detach())
             for block in blocks:
                 block.prepare(like)

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from models.errors import ModelError
+
+if TYPE_CHECKING:
+    from models.recursion import Schedule
 
 E4M3 = torch.float8_e4m3fn
 _MULTIPLE = 16  # of both dimensions of a matrix that the hardware takes
@@ -36,6 +40,15 @@ def eight_bits(on: bool) -> Iterator[None]:
 def active() -> bool:
     """Whether products that may be made in 8 bits are, now."""
     return _active
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Raise ModelError if all of `schedule` carries gradient: there is nothing for 8 bits."""
+    if all(phase.grad for phase in schedule):
+        raise ModelError(
+            "fp8=true is for phases without gradient, but all cycles of this model carry it; "
+            "use fp8=false"
+        )
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:

@@ -131,10 +131,11 @@ class ReasoningModel(nn.Module):
         """The states (each (B, prefix + L, D)) after `schedule`; see `recursion.run`."""
         x_BLD = self.embedding(batch)
         kept = self.config.grad_checkpoint if torch.is_grad_enabled() else "none"
+        eight = not all(phase.grad for phase in schedule)  # see `models.fp8`
         if kept != "none":  # what is recomputed after this pass casts for itself
             free, schedule = split(schedule)
             if free:
-                with torch.no_grad(), cast_once(self.levels, x_BLD):
+                with torch.no_grad(), cast_once(self.levels, x_BLD, eight):
                     state = run(free, state, x_BLD, self.levels)
-        with cast_once(self.levels, x_BLD) if kept == "none" else nullcontext():
+        with cast_once(self.levels, x_BLD, eight) if kept == "none" else nullcontext():
             return run(schedule, state, x_BLD, self.levels, kept, after_cycle)

@@ -27,7 +27,7 @@ def passes(name: str, dtype: str, monkeypatch, once: bool, **keys):
     }
     with monkeypatch.context() as patch:
         if not once:
-            patch.setattr(reasoning, "cast_once", lambda levels, like: nullcontext())
+            patch.setattr(reasoning, "cast_once", lambda *arguments: nullcontext())
         out = model(model.init_state(3), batch)
         (out.logits.float().square().sum() + out.q_logits.sum()).backward()
     assert all(m.half is None for m in model.modules() if isinstance(m, Linear))

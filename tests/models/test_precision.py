@@ -8,6 +8,7 @@ import torch
 from models import ARCHITECTURES, ModelDims, ModelError, build_model, fp8
 from models.layers import Linear
 from models.loss import log_stablemax
+from models.recursion import split
 
 CPU = torch.device("cpu")
 E4M3 = 2.0**-4  # rounding to 3 bits of mantissa, at most, of each factor
@@ -68,6 +69,26 @@ def test_8_bits_where_there_are_none():
     with pytest.raises(ModelError, match="fp8=true needs a CUDA device"):
         build_model(config, ModelDims(4, 5, 1), seed=0, device=CPU)
     assert not config.portable().fp8
+
+
+def test_8_bits_where_all_cycles_carry_gradient(monkeypatch):
+    """Nothing would be made in 8 bits: said, not passed over."""
+    monkeypatch.setattr(fp8, "check_device", lambda device, dtype: None)
+    for name, changes in (("transformer", {}), ("trm", {"H_cycles": 1})):
+        config = ARCHITECTURES[name](hidden_size=32, num_heads=2, fp8=True, **changes)
+        with pytest.raises(ModelError, match="all cycles of this model carry it; use fp8=false"):
+            build_model(config, ModelDims(4, 5, 1), seed=0, device=CPU)
+
+
+def test_weights_are_quantized_where_something_reads_them(monkeypatch):
+    model, _, batch = eight_bit(monkeypatch)
+    quantized, quantize = [], fp8.quantize
+    monkeypatch.setattr(fp8, "quantize", lambda x: (quantized.append(x.shape), quantize(x))[1])
+    maps = [m for m in model.levels.modules() if isinstance(m, Linear)]
+    model(model.init_state(4), batch, schedule=split(model.schedule)[1])
+    assert not quantized
+    model(model.init_state(4), batch, schedule=split(model.schedule)[0])
+    assert sum(shape == m.weight.shape for shape in quantized for m in maps) >= len(maps)
 
 
 def eight_bit(monkeypatch, **changes):

@@ -125,6 +125,7 @@ def launch(
     slopes: Tensor | None = None,
     unit: Tensor | None = None,
 ) -> None:
+    """Run gemm.cu by plan `p`; the tensors are those of its kernel, contiguous, None: not used."""
     if not out.numel():
         return
     with torch.cuda.device(x.device):

@@ -1,4 +1,4 @@
-// What every source here begins with (sm_90a): types, barriers, clusters. See compile.py.
+// What every source here begins with (sm_90a): types, barriers, clusters, tanh. See compile.py.
 
 typedef unsigned u32;
 typedef unsigned long long u64;
@@ -46,4 +46,10 @@ __device__ __forceinline__ u32 cluster_rank() {
 
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ float tanh_approx(float x) {
+  float r;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
 }

@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.fp8 import E4M3
 from models.kernels import hopper
-
-E4M3 = torch.float8_e4m3fn
 
 
 def linear(x: Tensor, w: Tensor, unit: Tensor) -> Tensor:

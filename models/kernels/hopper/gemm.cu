@@ -8,8 +8,8 @@
 //   STATIONARY (K up to 512): the block keeps its BN rows of W for the whole of K in shared memory
 //     and streams tiles of 64 rows of x past them. Each multiplying warpgroup owns whole tiles in
 //     turn, so that one's epilogue hides behind the others' products: for epilogues that are bound
-//     by the memory, and all but NORM in 8 bits. For the others BN = 256, which has no room for this in bf16,
-//     is faster.
+//     by the memory, and all but NORM in 8 bits. For the others BN = 256, which has no room for
+//     this in bf16, is faster.
 //
 // A cluster is CM × CN blocks: those in a row of it share the tile of x, those in a column share
 // the tile of W; each loads its part and multicasts it to the others.
@@ -22,10 +22,10 @@
 // goes through the product after it, so the first product leaves h = silu(gate) ⊙ up as it is, and
 // the sums of (gate up)² of each tile; NORM multiplies its rows by the factors made of these.
 //
-// Compile-time: EPILOGUE, NORMED, EIGHT, RESULT8 (SwiGLU's h in 8 bits; NORM's result in 8 bits, too,
-// as `wide`), K, COLUMNS (of the result: h for SwiGLU), BN (rows of W a tile),
-// STATIONARY, STAGES, CM, CN, PERIOD (tokens of a sequence, for ROTARY); and the function wgmma(),
-// written for BN by compile.py. What wraps a single instruction is in instructions.cu.
+// Compile-time: EPILOGUE, NORMED, EIGHT, RESULT8 (SwiGLU's h in 8 bits; NORM's result in 8 bits,
+// too, as `wide`), K, COLUMNS (of the result: h for SwiGLU), BN (rows of W a tile), STATIONARY,
+// STAGES, CM, CN, PERIOD (tokens of a sequence, for ROTARY); and the function wgmma(), written for
+// BN by compile.py. What wraps a single instruction is in instructions.cu.
 
 #define PLAIN 0        // out = x Wᵀ
 #define SWIGLU 1       // W = [gate | up]: out = silu(gate) ⊙ up

@@ -87,9 +87,7 @@ __device__ __forceinline__ EightSmall round8_e4m3(const float* v) {  // what is 
 
 // 1 / (1 + exp(-x)), off by 3e-4 at most (absolute), in one special-function instruction.
 __device__ __forceinline__ float sigmoid_fast(float x) {
-  float t;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(0.5f * x));
-  return 0.5f * t + 0.5f;
+  return 0.5f * tanh_approx(0.5f * x) + 0.5f;
 }
 
 // 1 / (1 + exp(-x)): relative error under 2⁻²⁰, bf16 rounds at 2⁻⁹.
