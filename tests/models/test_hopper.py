@@ -26,11 +26,11 @@ def _draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(*shape, device="cuda") * scale).bfloat16()
 
 
-def _close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """bfloat16 rounds by at most 2⁻⁹ of a value; float32 sums add little to that."""
-    torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=2e-3)
+def _close(actual: torch.Tensor, expected: torch.Tensor, roundings: int = 1) -> None:
+    """bfloat16 rounds by at most 2⁻⁸ of a value; float32 sums add little to that."""
+    torch.testing.assert_close(actual.double(), expected, rtol=roundings * 2**-8, atol=2e-3)
     error = (actual.double() - expected).norm() / expected.norm()
-    assert error < 2.5e-3
+    assert error < 2.5e-3 * roundings**0.5
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_linear_and_residual(rows, shape):
         v = r.double() + product
         factor = (v.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
         y, none = hopper.linear_residual_norm(x, w, r, 1e-5, save=False)
-        _close(y, v * factor)
+        _close(y, v * factor, roundings=2)  # v is rounded, too
         assert none is None
         again, saved = hopper.linear_residual_norm(x, w, r, 1e-5, save=True)
         assert torch.equal(again, y)
@@ -68,13 +68,13 @@ def test_swiglu(rows, shape):
     k, inner = shape
     x, w = _draw(rows, k), _draw(2 * inner, k, scale=2 * k**-0.5)
     gate_up = x.double() @ w.double().T
-    gate, up = gate_up.chunk(2, dim=-1)
     h, none = hopper.linear_swiglu(x, w, save=False)
-    _close(h, F.silu(gate) * up)
     assert none is None
     again, saved = hopper.linear_swiglu(x, w, save=True)
     assert torch.equal(again, h)
     _close(saved, gate_up)
+    gate, up = saved.double().chunk(2, dim=-1)  # h is made of what is saved
+    _close(h, F.silu(gate) * up)
 
 
 @pytest.mark.gpu

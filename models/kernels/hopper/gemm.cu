@@ -48,9 +48,17 @@ constexpr int A_BYTES = BM * 128, B_BYTES = BN * 128;
 constexpr int STAGE_BYTES = A_BYTES + (STATIONARY ? 0 : B_BYTES);
 constexpr int NGROUPS = COLUMNS / OUT / CN;    // tiles of the result in a row of it, in clusters
 constexpr int VALUES = BN / 2;                 // accumulators of a thread
-constexpr int PARTS = EPILOGUE == DSWIGLU ? 2 : 1;  // of `other`: gate and up
-// At first the second warpgroup stays this many blocks behind the first, so that their epilogues
-// take turns; where these wait for operands it does not pay.
+constexpr int PARTS = EPILOGUE == DSWIGLU || GATED ? 2 : 1;  // of what is held: gate and up
+constexpr int GROUPS = OUT / 32;               // of columns, which the epilogue does one by one
+// A deferred epilogue is done beside the next tile's products: from its block FIRST, when the sums
+// of the other thread blocks have come, EACH groups a block, to its block LAST.
+constexpr bool DEFERRED = !STATIONARY && EPILOGUE != DSWIGLU;
+constexpr int FIRST = KB > 2 ? 2 : KB - 1;
+constexpr int EVENLY = (GROUPS + KB - FIRST - 1) / (KB - FIRST);
+constexpr int EACH = EVENLY < 2 ? 2 : EVENLY;  // fewer would take more registers
+constexpr int LAST = FIRST + (GROUPS + EACH - 1) / EACH;
+// At first the second warpgroup stays this many blocks behind the first, so that they do not both
+// come to the end of a tile at once; where that waits for operands it does not pay.
 constexpr int SKEW = STATIONARY || EPILOGUE > SWIGLU ? 0 : KB < 2 ? KB : 2;
 
 struct Shared {
@@ -83,20 +91,21 @@ __device__ __forceinline__ Walk walk(u32 M) {
 
 // ---- epilogue ----------------------------------------------------------------------------------
 
-struct Operands {   // what the epilogue reads, 8 columns × 2 rows × OUT / 32 groups a thread
-  Eight v[PARTS][2][OUT / 32];
+// 8 columns × 2 rows × GROUPS a thread: what the epilogue reads, and, deferred, what it works on.
+struct Held {
+  Eight v[PARTS][2][GROUPS];
 };
 
-// row: of this thread's first accumulators (the others are 8 below); column: of its first eight.
-__device__ __forceinline__ void fetch(Operands& o, const bf16* other, u32 row, u32 column, u32 M) {
+// Group g of `other`. row: of this thread's first accumulators (the others are 8 below); column: of
+// its first eight.
+__device__ __forceinline__ void fetch(Held& o, const bf16* other, int g, u32 row, u32 column,
+                                      u32 M) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     u64 r = min(row + 8 * half, M - 1);  // rows past the end are read but not written
 #pragma unroll
     for (int p = 0; p < PARTS; p++)
-#pragma unroll
-      for (int g = 0; g < OUT / 32; g++)
-        o.v[p][half][g] = load8(other + r * (PARTS * COLUMNS) + p * COLUMNS + column + 32 * g);
+      o.v[p][half][g] = load8(other + r * (PARTS * COLUMNS) + p * COLUMNS + column + 32 * g);
   }
 }
 
@@ -140,105 +149,131 @@ __device__ __forceinline__ void rotate(float (&d)[VALUES], const Angles& a, u32 
   }
 }
 
-// parts (COLUMNS / OUT, M): the sums of (gate up)² over the columns of tile n, of both rows.
-__device__ __forceinline__ void inner_squares(const float (&d)[VALUES], float* parts, u32 row,
-                                              u32 n, u32 M) {
+// The accumulators in bf16.
+__device__ __forceinline__ void hold(Held& o, const float (&d)[VALUES]) {
+#pragma unroll
+  for (int p = 0; p < PARTS; p++)
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) {
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = d[p * (VALUES / 2) + index(half, g, i)];
+        o.v[p][half][g] = round8(v);
+      }
+}
+
+// held = scale d + held, and its sums of squares over this tile's columns.
+__device__ __forceinline__ void residual(Held& o, const float (&d)[VALUES],
+                                         const float (&scale)[2], float (&squares)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    float sum = 0;
+    squares[half] = 0;
 #pragma unroll
-    for (int j = 0; j < OUT / 4; j++) {
-      int at = index(half, j / 8, j % 8);
-      float product = d[at] * d[(VALUES / 2 + at) % VALUES];
-      sum += product * product;
+    for (int g = 0; g < GROUPS; g++) {
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        float x = d[index(half, g, i)];
+        v[i] = (NORMED || EIGHT ? x * scale[half] : x) + get(o.v[0][half][g], i);
+        squares[half] += v[i] * v[i];
+      }
+      o.v[0][half][g] = round8(v);
     }
-    sum += __shfl_xor_sync(~0u, sum, 1);  // the four lanes of a row
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (threadIdx.x % 4 == 0 && row + 8 * half < M) parts[(u64)n * M + row + 8 * half] = sum;
   }
 }
 
-// d = scale d + other; factor: of RMSNorm, for both rows of this thread. `tile` counts this block's tiles.
-__device__ __forceinline__ void residual(float (&d)[VALUES], const Operands& o,
-                                         const float (&scale)[2], float (&factor)[2], Shared& s,
-                                         int group, u32 tile, u32 row, float eps) {
+__device__ __forceinline__ float sum_lanes(float x) {  // over the four lanes of a row
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// parts (M,): the sums of (gate up)² over the columns of a tile, of both rows.
+__device__ __forceinline__ void write_squares(const float (&inner)[2], float* parts, u32 row,
+                                              u32 M) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    factor[half] = 0;
-#pragma unroll
-    for (int j = 0; j < OUT / 4; j++) {
-      float& v = d[index(half, j / 8, j % 8)];
-      v = (NORMED ? v * scale[half] : v) + get(o.v[0][half][j / 8], j % 8);
-      factor[half] += v * v;
-    }
+    float sum = sum_lanes(inner[half]);
+    if (threadIdx.x % 4 == 0 && row + 8 * half < M) parts[row + 8 * half] = sum;
   }
-  if (EPILOGUE != NORM) return;
+}
+
+// The sums of this block's columns go to the others of the cluster. `tile` counts the tiles; row: in
+// the tile, of this thread.
+__device__ __forceinline__ void send(float (&squares)[2], Shared& s, int group, u32 tile, u32 row) {
   const u32 rank = cluster_rank(), cn = rank % CN;
   u64* bar = &s.squares_full[tile & 1][group];
-  float (&squares)[CN][BM] = s.squares[tile & 1];
   if (CN > 1 && threadIdx.x % 128 == 0) barrier_expect(bar, 64 * 4 * (CN - 1));
 #pragma unroll
-  for (int half = 0; half < 2; half++) {  // the four lanes of a row, then the blocks of a cluster
-    factor[half] += __shfl_xor_sync(~0u, factor[half], 1);
-    factor[half] += __shfl_xor_sync(~0u, factor[half], 2);
+  for (int half = 0; half < 2; half++) {
+    squares[half] = sum_lanes(squares[half]);
     if (threadIdx.x % 4 == 0)
       for (u32 block = 0; block < CN; block++)
         if (block != cn)
-          store_remote(&squares[cn][row + 8 * half], factor[half], bar, rank - cn + block);
+          store_remote(&s.squares[tile & 1][cn][row + 8 * half], squares[half], bar,
+                       rank - cn + block);
   }
-  if (CN > 1) barrier_wait(bar, tile / 2 & 1);
+}
+
+// factor: of RMSNorm, for both rows, from what was sent.
+__device__ __forceinline__ void receive(float (&factor)[2], const float (&squares)[2], Shared& s,
+                                        int group, u32 tile, u32 row, float eps) {
+  const u32 cn = cluster_rank() % CN;
+  if (CN > 1) barrier_wait(&s.squares_full[tile & 1][group], tile / 2 & 1);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     float sum = 0;
     for (u32 block = 0; block < CN; block++)  // in one order, so that all blocks agree
-      sum += block == cn ? factor[half] : squares[block][row + 8 * half];
+      sum += block == cn ? squares[half] : s.squares[tile & 1][block][row + 8 * half];
     factor[half] = rsqrtf(sum / COLUMNS + eps);
   }
 }
 
-__device__ __forceinline__ void epilogue(const float (&d)[VALUES], const Operands& o,
+// Group g of a tile's columns is written. inner: the sums of (gate up)² so far, of both rows.
+__device__ __forceinline__ void epilogue(int g, const float (&d)[VALUES], const Held& o,
                                          const float (&factor)[2], const float (&scale)[2],
-                                         const float (&slope)[2], bf16* out, bf16* wide,
-                                         float* factors, u32 row, u32 column, u32 M) {
+                                         const float (&slope)[2], float (&inner)[2], bf16* out,
+                                         bf16* wide, u32 row, u32 column, u32 M) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     u32 r = row + 8 * half;
-    if (r >= M) return;
-    if (EPILOGUE == NORM && factors && column == 0) factors[r] = factor[half];
-    bf16* to = out + (u64)r * COLUMNS + column;
-    e4m3* small = (e4m3*)(EPILOGUE == NORM ? wide : out) + (u64)r * COLUMNS + column;
-    bf16* wide_to = wide + (u64)r * (2 * COLUMNS) + column;
+    bool inside = r < M;
+    u64 at = (u64)r * COLUMNS + column + 32 * g;
+    e4m3* small = (e4m3*)(EPILOGUE == NORM ? wide : out) + at;
+    bf16* wide_to = wide + at + (u64)r * COLUMNS;
+    float v[8], a[8], b[8];
 #pragma unroll
-    for (int g = 0; g < OUT / 32; g++) {
-      float v[8], a[8], b[8];
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        float x = d[index(half, g, i)];
-        if (GATED) {
-          a[i] = x;
-          b[i] = d[(VALUES / 2 + index(half, g, i)) % VALUES];
-          v[i] = a[i] * (RESULT8 ? sigmoid_fast(a[i]) : sigmoid(a[i])) * b[i];
-        } else if (EPILOGUE == DSWIGLU) {
-          float gate = get(o.v[0][half][g], i), up = get(o.v[PARTS - 1][half][g], i);
-          float s = sigmoid(gate), silu = gate * s;
-          if (NORMED) x *= scale[half];
-          v[i] = silu * up * (NORMED ? scale[half] : 1);
-          a[i] = x * up * (s + silu * (1 - s));  // d silu / d gate = s (1 + gate (1 - s))
-          b[i] = x * silu;
-          if (NORMED) {  // through the factor
-            a[i] += slope[half] * gate * up * up;
-            b[i] += slope[half] * gate * gate * up;
-          }
-        } else {
-          v[i] = EPILOGUE == NORM ? x * factor[half] : x;
+    for (int i = 0; i < 8; i++) {
+      float x = DEFERRED ? get(o.v[0][half][g], i) : d[index(half, g, i)];
+      if (GATED) {
+        a[i] = x;
+        b[i] = DEFERRED ? get(o.v[PARTS - 1][half][g], i)
+                        : d[(VALUES / 2 + index(half, g, i)) % VALUES];
+        v[i] = a[i] * (RESULT8 ? sigmoid_fast(a[i]) : sigmoid(a[i])) * b[i];
+        if (NORMED) inner[half] += a[i] * b[i] * (a[i] * b[i]);
+      } else if (EPILOGUE == DSWIGLU) {
+        float gate = get(o.v[0][half][g], i), up = get(o.v[PARTS - 1][half][g], i);
+        float s = sigmoid(gate), silu = gate * s;
+        if (NORMED) x *= scale[half];
+        v[i] = silu * up * (NORMED ? scale[half] : 1);
+        a[i] = x * up * (s + silu * (1 - s));  // d silu / d gate = s (1 + gate (1 - s))
+        b[i] = x * silu;
+        if (NORMED) {  // through the factor
+          a[i] += slope[half] * gate * up * up;
+          b[i] += slope[half] * gate * gate * up;
         }
+      } else {
+        v[i] = EPILOGUE == NORM ? x * factor[half] : x;
       }
-      if (RESULT8) store8(small + 32 * g, round8_e4m3(v));
-      if (!RESULT8 || EPILOGUE == NORM) store8(to + 32 * g, round8(v));
-      if (EPILOGUE == SWIGLU_SAVE || EPILOGUE == DSWIGLU) {
-        store8(wide_to + 32 * g, round8(a));
-        store8(wide_to + COLUMNS + 32 * g, round8(b));
-      }
+    }
+    if (!inside) continue;
+    if (RESULT8) store8(small, round8_e4m3(v));
+    if (DEFERRED && !GATED && EPILOGUE != NORM) store8(out + at, o.v[0][half][g]);
+    else if (!RESULT8 || EPILOGUE == NORM) store8(out + at, round8(v));
+    if (EPILOGUE == SWIGLU_SAVE || EPILOGUE == DSWIGLU) {
+      store8(wide_to, DEFERRED ? o.v[0][half][g] : round8(a));
+      store8(wide_to + COLUMNS, DEFERRED ? o.v[PARTS - 1][half][g] : round8(b));
     }
   }
 }
@@ -276,7 +311,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
   const int group = threadIdx.x / 128 - 1;
 
   if (group < 0) {  // ---- the loading warpgroup: one thread of it
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(EPILOGUE == ROTARY ? 24 : 40));
     if (threadIdx.x == 0) {
       u32 x_mask = ((1u << CN) - 1) << (cm * CN), w_mask = 0;
       for (int i = 0; i < CM; i++) w_mask |= 1u << (i * CN + cn);
@@ -316,7 +351,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       }
     }
   } else {  // ---- a multiplying warpgroup
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(EPILOGUE == ROTARY ? 240 : 232));
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     int weights = -1;   // the n whose weights this warpgroup uses
     u32 changes = 0;    // how many it has used
@@ -333,19 +368,44 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         }
       weights = n;
     };
-    for (u32 i = STATIONARY ? group : 0; i < tiles.count; i += STATIONARY ? WGS : 1) {
-      int m, n;
+    Held held;
+    float d[VALUES], squares[2], factor[2], inner[2], scale[2] = {1, 1}, slope[2] = {0, 0};
+    const u32 within = (STATIONARY ? 0 : 64 * group) + warp * 16 + lane / 4;  // row in a tile
+    u32 due = 0, due_row = 0, due_column = 0;  // the tile whose epilogue comes next
+    auto place = [&](u32 i, int& n, u32& row, u32& column) {  // of this thread in tile i
+      int m;
       tiles.place(i, m, n);
+      row = (m * CM + cm) * BM + within;
+      column = (n * CN + cn) * OUT + lane % 4 * 8;
+    };
+    auto finish = [&](int g) {  // group g of that tile
+      if (EPILOGUE == NORM && g == 0) {
+        receive(factor, squares, s, group, due, within, eps);
+        if (factors && due_column == 0)
+          for (int half = 0; half < 2; half++)
+            if (due_row + 8 * half < M) factors[due_row + 8 * half] = factor[half];
+      }
+      if (g == 0) inner[0] = inner[1] = 0;
+      epilogue(g, d, held, factor, scale, slope, inner, out, wide, due_row, due_column, M);
+      if (NORMED && GATED && g == GROUPS - 1)
+        write_squares(inner, factors + (u64)(due_column / OUT) * M, due_row, M);
+    };
+    if (READS && DEFERRED && tiles.count) {
+      int n;
+      u32 row, column;
+      place(0, n, row, column);
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) fetch(held, other, g, row, column, M);
+    }
+    for (u32 i = STATIONARY ? group : 0; i < tiles.count; i += STATIONARY ? WGS : 1) {
+      int n;
+      u32 row, column;
+      place(i, n, row, column);
       bool new_weights = STATIONARY && n != weights;
       if (new_weights) move_to(n);
-      u32 row = (m * CM + cm) * BM + (STATIONARY ? 0 : 64 * group) + warp * 16 + lane / 4;
-      u32 column = (n * CN + cn) * OUT + lane % 4 * 8;
-      Operands o;
-      if (READS) fetch(o, other, row, column, M);
-      Angles angles;
-      const u32 left = (n * CN + cn) * OUT;  // the tile's first column
-      if (EPILOGUE == ROTARY && left < COLUMNS / 3 * 2) fetch(angles, scales, slopes, row, M);
-      float scale[2] = {1, 1}, slope[2] = {0, 0};
+      if (READS && !DEFERRED)
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) fetch(held, other, g, row, column, M);
       if (NORMED && READS)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -353,14 +413,12 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           if (EPILOGUE == DSWIGLU) slope[half] = slopes[min(row + 8 * half, M - 1)];
         }
 
-      float d[VALUES];
       u32 stage = i * KB % STAGES, phase = i * KB / STAGES & 1, last = 0;
       // Only a parity tells the uses of a stage apart: those of the tile before must have come
       // full before this warpgroup may wait for its own.
       if (STATIONARY) barrier_wait(&s.turn[group], (i / WGS & 1) ^ (group == 0));
       if (SKEW && i == 0 && group > 0) barrier_wait(&s.turn[group], 0);
-#pragma unroll 1
-      for (int kb = 0; kb < KB; kb++) {
+      auto start = [&](int kb) {  // block kb of the products
         if (new_weights) barrier_wait(&s.weights_full[kb], (changes - 1) & 1);
         barrier_wait(&s.full[stage], phase);
         unsigned char* at = stages + stage * STAGE_BYTES;
@@ -370,6 +428,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #pragma unroll
         for (int k = 0; k < 4; k++) wgmma(d, a + 2 * k, b + 2 * k, kb | k);  // 32 bytes of a row
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      };
+      auto end = [&](int kb) {
         if (kb > 0) {  // the block before this one is done: its stage may be overwritten
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
           if (lane < CLUSTER) barrier_arrive(&s.empty[last], lane);
@@ -378,7 +438,28 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           if (threadIdx.x % 128 == 0) barrier_arrive(&s.turn[(group + 1) % WGS], rank);
         last = stage;
         if (++stage == STAGES) { stage = 0; phase ^= 1; }
+      };
+      int kb = 0;
+      if (DEFERRED) {
+#pragma unroll
+        for (; kb < FIRST; kb++) { start(kb); end(kb); }
+#pragma unroll
+        for (; kb < LAST; kb++) {
+          start(kb);
+          if (i > 0)
+#pragma unroll
+            for (int g = (kb - FIRST) * EACH; g < min(GROUPS, (kb - FIRST + 1) * EACH); g++) {
+              finish(g);
+              if (READS) fetch(held, other, g, row, column, M);
+            }
+          end(kb);
+        }
       }
+      Angles angles;
+      const u32 left = (n * CN + cn) * OUT;  // the tile's first column
+      if (EPILOGUE == ROTARY && left < COLUMNS / 3 * 2) fetch(angles, scales, slopes, row, M);
+#pragma unroll 1
+      for (; kb < KB; kb++) { start(kb); end(kb); }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       if (lane < CLUSTER) barrier_arrive(&s.empty[last], lane);
       __syncwarp();  // and the compiler moves none of the epilogue before this
@@ -386,16 +467,28 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       for (int j = 0; j < VALUES; j++) asm volatile("" : "+f"(d[j])::"memory");
       if (EIGHT) {
         const float by = *unit;
+        if (EPILOGUE == RESIDUAL || EPILOGUE == NORM) {
+          scale[0] = NORMED ? scale[0] * by : by;
+          scale[1] = NORMED ? scale[1] * by : by;
+        } else {
 #pragma unroll
-        for (int j = 0; j < VALUES; j++) d[j] *= by;
+          for (int j = 0; j < VALUES; j++) d[j] *= by;
+        }
       }
-      float factor[2] = {1, 1};
       if (EPILOGUE == ROTARY) rotate(d, angles, left, eps);
-      if (EPILOGUE == RESIDUAL || EPILOGUE == NORM)
-        residual(d, o, scale, factor, s, group, i, 64 * group + warp * 16 + lane / 4, eps);
-      if (NORMED && GATED) inner_squares(d, factors, row, n * CN + cn, M);
-      epilogue(d, o, factor, scale, slope, out, wide, factors, row, column, M);
+      due = i;
+      due_row = row;
+      due_column = column;
+      if (EPILOGUE == RESIDUAL || EPILOGUE == NORM) residual(held, d, scale, squares);
+      else if (DEFERRED) hold(held, d);
+      if (EPILOGUE == NORM) send(squares, s, group, i, within);
+      if (!DEFERRED)
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) finish(g);
     }
+    if (DEFERRED && tiles.count)
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) finish(g);
     if (STATIONARY && tiles.count) {
       int m, n;
       tiles.place(tiles.count - 1, m, n);
