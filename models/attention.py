@@ -24,7 +24,8 @@ def _tables(rope: RotaryTable | None) -> tuple[Tensor | None, Tensor | None]:
 class Attention(nn.Module):
     """softmax(q kᵀ / sqrt(head_dim)) v over all tokens (or the earlier ones, if causal)."""
 
-    qkv_t: Tensor | None = None  # qkv's weight as a fused backward takes it, like `Linear.half`
+    qkv_t: Tensor | None = None  # the weights as a fused backward takes them, like `Linear.half`
+    out_t: Tensor | None = None
 
     def __init__(self, config: ReasoningConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -65,18 +66,22 @@ class Attention(nn.Module):
 
             if takes(x_BLD, *reversed(self.qkv.half.shape)):
                 self.qkv_t = self.qkv.half.t().contiguous()
+            if takes(x_BLD, *self.out.half.shape) and torch.is_grad_enabled():
+                self.out_t = self.out.half.t().contiguous()
 
     def release(self) -> None:
         """Forget what `prepare` laid out."""
-        self.qkv_t = None
+        self.qkv_t = self.out_t = None
 
     def _to_qkv(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """The first map (B, L, 3 D), and x_BLD for whatever else it is used for."""
-        if self.qkv_t is None or not torch.is_grad_enabled():  # 8-bit products have none
+        if self.qkv_t is None or self.qkv.in_eight:
             return self.qkv(x_BLD), x_BLD
-        from models.kernels.residual import linear_beside
+        from models.kernels.residual import linear_beside, linear_half
 
-        return linear_beside(x_BLD, self.qkv.weight, self.qkv.half, self.qkv_t)
+        if torch.is_grad_enabled():
+            return linear_beside(x_BLD, self.qkv.weight, self.qkv.half, self.qkv_t)
+        return linear_half(x_BLD.contiguous(), self.qkv.half), x_BLD
 
     def _projects(self, kernel: Callable[..., Tensor] | None, x_BLD: Tensor) -> bool:
         """Whether the fused attention makes q, k and v itself: the one over many tokens."""

@@ -131,7 +131,8 @@ class Block(nn.Module):
         if usable("residual", x_BLD) and not out.in_eight:
             from models.kernels.residual import linear_norm
 
-            fused = linear_norm(mixed, out.weight, x_BLD, self.eps, out.half)
+            half, half_t = out.half, self.attention.out_t
+            fused = linear_norm(mixed, out.weight, x_BLD, self.eps, half, half_t)
             if fused is not None:
                 return fused
         return rms_norm(x_BLD + out(mixed), self.eps)

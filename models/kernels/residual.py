@@ -12,7 +12,6 @@ the gradient slope · gate ⊙ up besides, slope = -f² Σ dv (v - r) / J: v - r
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -108,39 +107,41 @@ def _(x: Tensor, weight: Tensor, r: Tensor, eps: float, save: bool) -> tuple[Ten
 
 @operation("loopwright::linear_norm_backward")
 def _linear_norm_backward(
-    x: Tensor, weight: Tensor, out: Tensor, factors: Tensor, dout: Tensor
+    x: Tensor, weight_t: Tensor, out: Tensor, factors: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dv = dr (..., N), dx (..., K), and d weight (N, K) in float32."""
     dv, _ = norm_backward(out, factors, dout)
     dv_MN, x_MK = (t.view(-1, t.shape[-1]) for t in (dv, x))
-    return dv, (dv_MN @ weight).view(x.shape), torch.mm(dv_MN.t(), x_MK, out_dtype=torch.float32)
+    return dv, hopper.linear(dv, weight_t), torch.mm(dv_MN.t(), x_MK, out_dtype=torch.float32)
 
 
 @_linear_norm_backward.register_fake
 def _(
-    x: Tensor, weight: Tensor, out: Tensor, factors: Tensor, dout: Tensor
+    x: Tensor, weight_t: Tensor, out: Tensor, factors: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = weight.new_empty(weight.shape, dtype=torch.float32)
+    wide = weight_t.new_empty(weight_t.shape[::-1], dtype=torch.float32)
     return torch.empty_like(out), torch.empty_like(x), wide
 
 
 class _LinearNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, half, r, eps):
+    def forward(ctx, x, weight, half, half_t, r, eps):
         out, factors = _linear_norm(x, half, r, eps, True)
-        ctx.save_for_backward(x, half, out, factors)
+        half_t = half.t().contiguous() if half_t is None else half_t
+        ctx.save_for_backward(x, half_t, out, factors)
         ctx.kind = weight.dtype
         return out
 
     @staticmethod
     def backward(ctx, dout):
         dv, dx, dweight = _linear_norm_backward(*ctx.saved_tensors, dout.contiguous())
-        return dx, dweight.to(ctx.kind), None, dv, None
+        return dx, dweight.to(ctx.kind), None, None, dv, None
 
 
 def linear_norm(
-    x: Tensor, weight: Tensor, r: Tensor, eps: float, half: Tensor | None = None
-) -> Tensor | None:
+    x: Tensor, weight: Tensor, r: Tensor, eps: float,
+    half: Tensor | None = None, half_t: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """rms_norm(r + F.linear(x, weight)), or None where no kernel takes these.
 
     Args:
@@ -148,18 +149,30 @@ def linear_norm(
         weight: (N, K).
         r: (..., N), the residual.
         eps: of the RMSNorm.
-        half: the weight in the dtype of x, where that is at hand.
+        half, half_t: the weight in the dtype of x, and that transposed (K, N), contiguous, where
+            they are at hand.
 
     Returns:
-        (..., N) in the dtype of r. The sum is float32 and not rounded before the norm.
+        (..., N) in the dtype of r. Rounded on the way is the sum, after its squares are summed up.
     """
     if not takes(x, *weight.shape):
         return None
     x, r = x.contiguous(), r.contiguous()
     half = weight.detach().to(x.dtype) if half is None else half
     if torch.is_grad_enabled():
-        return _LinearNorm.apply(x, weight, half, r, eps)
+        return _LinearNorm.apply(x, weight, half, half_t, r, eps)
     return _linear_norm(x, half, r, eps, False)[0]
+
+
+@operation("loopwright::linear_half")
+def linear_half(x: Tensor, half: Tensor) -> Tensor:
+    """F.linear(x, half), without a gradient, where `takes(x, K, N)`."""
+    return hopper.linear(x, half)
+
+
+@linear_half.register_fake
+def _(x: Tensor, half: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], half.shape[0]))
 
 
 @operation("loopwright::linear_beside_backward")
@@ -183,7 +196,7 @@ class _LinearBeside(torch.autograd.Function):
     def forward(ctx, x, weight, half, half_t):
         ctx.save_for_backward(x, half_t)
         ctx.kind = weight.dtype
-        return F.linear(x, half), x.view_as(x)
+        return linear_half(x, half), x.view_as(x)
 
     @staticmethod
     def backward(ctx, dy, dx):
@@ -238,7 +251,7 @@ def _(
 @operation("loopwright::swiglu_norm_backward")
 def _swiglu_norm_backward(
     x: Tensor, wide: Tensor, out: Tensor, factors: Tensor, scales: Tensor | None, dout: Tensor,
-    gate_up: Tensor, down_t: Tensor,
+    gate_up_t: Tensor, down_t: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx (..., K), and in float32 d gate_up (2 J, K), d down (K, J)."""
     dv, slopes = norm_backward(out, factors, dout, x, scales, down_t.shape[0])
@@ -247,29 +260,29 @@ def _swiglu_norm_backward(
     dwide_MJ, x_MK, dv_MK, h_MJ = rows
     dgate_up = torch.mm(dwide_MJ.t(), x_MK, out_dtype=torch.float32)
     ddown = torch.mm(dv_MK.t(), h_MJ, out_dtype=torch.float32)
-    dx = dv_MK.addmm_(dwide_MJ, gate_up)  # through the residual, and through the branch
-    return dx.view(x.shape), dgate_up, ddown
+    dx = hopper.linear_residual(dwide, gate_up_t, dv, out=dv)  # the residual's, and the branch's
+    return dx, dgate_up, ddown
 
 
 @_swiglu_norm_backward.register_fake
 def _(
     x: Tensor, wide: Tensor, out: Tensor, factors: Tensor, scales: Tensor | None, dout: Tensor,
-    gate_up: Tensor, down_t: Tensor,
+    gate_up_t: Tensor, down_t: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         torch.empty_like(x),
-        gate_up.new_empty(gate_up.shape, dtype=torch.float32),
+        gate_up_t.new_empty(gate_up_t.shape[::-1], dtype=torch.float32),
         down_t.new_empty((down_t.shape[1], down_t.shape[0]), dtype=torch.float32),
     )
 
 
 class _SwiGLUNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up, down, gate_up_half, down_half, down_t, eps, normed):
+    def forward(ctx, x, gate_up, down, gate_up_half, down_half, gate_up_t, down_t, eps, normed):
         out, *kept = _swiglu_norm(x, gate_up_half, down_half, eps, True, normed)
         wide, factors, scales = kept
         scales = scales if normed else None
-        ctx.save_for_backward(x, wide, out, factors, scales, gate_up_half, down_t)
+        ctx.save_for_backward(x, wide, out, factors, scales, gate_up_t, down_t)
         ctx.kinds = gate_up.dtype, down.dtype
         return out
 
@@ -278,7 +291,7 @@ class _SwiGLUNorm(torch.autograd.Function):
         x, wide, out, factors, scales, *weights = ctx.saved_tensors
         saved = x, wide, out, factors, scales, dout.contiguous()
         dx, dgate_up, ddown = _swiglu_norm_backward(*saved, *weights)
-        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), *(None,) * 5
+        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), *(None,) * 6
 
 
 def swiglu_norm(
@@ -300,8 +313,8 @@ def swiglu_norm(
         normed: sigmoid(W_gate x) ⊙ RMSNorm(W_gate x ⊙ W_up x) goes into W_down instead.
 
     Returns:
-        (..., K) in the dtype of x; rounded on the way are the weights, h, and gate and up for the
-        backward.
+        (..., K) in the dtype of x; rounded on the way are the weights, gate and up, h, and the sum
+        that is normalized.
     """
     if not takes_swiglu(x, gate_up, down):
         return None

@@ -113,33 +113,33 @@ def _(x: Tensor, gate_up: Tensor, down: Tensor, save: bool) -> tuple[Tensor, Ten
 
 @operation("loopwright::swiglu_mlp_backward")
 def _mlp_backward(
-    x: Tensor, wide: Tensor, dy: Tensor, gate_up: Tensor, down_t: Tensor
+    x: Tensor, wide: Tensor, dy: Tensor, gate_up_t: Tensor, down_t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (..., K), and in float32 d gate_up (2 J, K), d down (K, J)."""
     dwide, h = hopper.linear_dswiglu(dy, down_t, wide)
     rows = (t.view(-1, t.shape[-1]) for t in (dwide, x, dy, h))
     dwide_MJ, x_MK, dy_MK, h_MJ = rows
-    dx = dwide_MJ @ gate_up
     dgate_up = torch.mm(dwide_MJ.t(), x_MK, out_dtype=torch.float32)
-    return dx.view(x.shape), dgate_up, torch.mm(dy_MK.t(), h_MJ, out_dtype=torch.float32)
+    ddown = torch.mm(dy_MK.t(), h_MJ, out_dtype=torch.float32)
+    return hopper.linear(dwide, gate_up_t), dgate_up, ddown
 
 
 @_mlp_backward.register_fake
 def _(
-    x: Tensor, wide: Tensor, dy: Tensor, gate_up: Tensor, down_t: Tensor
+    x: Tensor, wide: Tensor, dy: Tensor, gate_up_t: Tensor, down_t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(x),
-        gate_up.new_empty(gate_up.shape, dtype=torch.float32),
+        gate_up_t.new_empty(gate_up_t.shape[::-1], dtype=torch.float32),
         down_t.new_empty((down_t.shape[1], down_t.shape[0]), dtype=torch.float32),
     )
 
 
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up, down, gate_up_half, down_half, down_t):
+    def forward(ctx, x, gate_up, down, gate_up_half, down_half, gate_up_t, down_t):
         y, wide = _mlp(x, gate_up_half, down_half, True)
-        ctx.save_for_backward(x, wide, gate_up_half, down_t)
+        ctx.save_for_backward(x, wide, gate_up_t, down_t)
         ctx.kinds = gate_up.dtype, down.dtype
         return y
 
@@ -147,18 +147,13 @@ class _MLP(torch.autograd.Function):
     def backward(ctx, dy):
         x, wide, *weights = ctx.saved_tensors
         dx, dgate_up, ddown = _mlp_backward(x, wide, dy.contiguous(), *weights)
-        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), None, None, None
+        return dx, dgate_up.to(ctx.kinds[0]), ddown.to(ctx.kinds[1]), *(None,) * 4
 
 
-def cast_weights(
-    gate_up: Tensor, down: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """gate_up (2 J, K) and down (K, J) in `dtype`, and for the backward down's transpose (J, K).
-
-    Without gradient the third is the second.
-    """
-    gate_up, down = gate_up.detach().to(dtype), down.detach().to(dtype)
-    return gate_up, down, down.t().contiguous() if torch.is_grad_enabled() else down
+def cast_weights(gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """gate_up (2 J, K) and down (K, J) in `dtype`; with gradient, too, transposed and contiguous."""
+    halves = gate_up.detach().to(dtype), down.detach().to(dtype)
+    return *halves, *(w.t().contiguous() for w in halves if torch.is_grad_enabled())
 
 
 def swiglu_mlp(
@@ -185,7 +180,7 @@ def swiglu_mlp(
         return _mlp(x, *halves[:2], False)[0]
     if graded or x.shape[-1] % 8:
         return None
-    gate_up, down, _ = halves or cast_weights(gate_up, down, x.dtype)
+    gate_up, down, *_ = halves or cast_weights(gate_up, down, x.dtype)
     return F.linear(linear_swiglu(x.contiguous(), gate_up), down)
 
 

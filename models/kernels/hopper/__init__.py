@@ -2,8 +2,9 @@
 
 `y = x Wᵀ` with what follows it (SwiGLU, its backward, a residual, a rotation) done before the
 result leaves the chip; see gemm.cu. All of it is deterministic and can be captured in a CUDA graph.
-Each function equals the plain PyTorch in its docstring up to one rounding of the result (sums and
-the epilogue are float32). None is differentiable: callers write their backward out of these.
+Each function equals the plain PyTorch in its docstring up to one rounding of the result, and where
+it says so one before its epilogue (sums and the epilogue are float32). None is differentiable:
+callers write their backward out of these.
 
 Shapes: M rows (any number; leading dimensions are flattened into them), K features in, N or I
 features out. Weights are bfloat16, as the layers store them: (out, in), contiguous.
@@ -206,7 +207,8 @@ def linear_rotary(
 def linear_swiglu(x: Tensor, w: Tensor, save: bool) -> tuple[Tensor, Tensor | None]:
     """`gate, up = F.linear(x, w).chunk(2, -1); h = F.silu(gate) * up`, and gate | up if `save`.
 
-    x (..., K), w (2 I, K) → h (..., I), gate | up (..., 2 I) or None. (Shazeer 2020.)
+    x (..., K), w (2 I, K) → h (..., I), gate | up (..., 2 I) or None. Gate and up are rounded.
+    (Shazeer 2020.)
     """
     return _swiglu(x, w, save, None)
 
@@ -249,9 +251,9 @@ def linear_dswiglu(
     return wide, h
 
 
-def linear_residual(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
-    """`r + F.linear(x, w)`: x (..., K), w (N, K), r (..., N) → (..., N)."""
-    out = r.new_empty(r.shape)
+def linear_residual(x: Tensor, w: Tensor, r: Tensor, out: Tensor | None = None) -> Tensor:
+    """`r + F.linear(x, w)`: x (..., K), w (N, K), r (..., N) → (..., N), into `out`, maybe r."""
+    out = r.new_empty(r.shape) if out is None else out
     launch(plan(RESIDUAL, w.shape[1], w.shape[0]), x, w, r, out)
     return out
 
@@ -264,7 +266,8 @@ def linear_residual_norm(
     `scales` (...) float32, if given, multiply the rows of the product.
 
     x (..., K), w (N, K) with N one of NORM_WIDTHS, r (..., N) → (..., N), and (...) float32 or
-    None: 1 / sqrt(mean(v²) + eps), by which the backward gets from d y to d v. v is not rounded.
+    None: 1 / sqrt(mean(v²) + eps), by which the backward gets from d y to d v. v is rounded once
+    its squares are summed up.
     """
     out = r.new_empty(r.shape)
     factors = r.new_empty(r.shape[:-1], dtype=torch.float32) if save else None

@@ -85,8 +85,12 @@ __device__ __forceinline__ Walk walk(u32 M) {
   u32 clusters = gridDim.x / CLUSTER, c = blockIdx.x / CLUSTER;
   u32 rows = (M + BM * CM - 1) / (BM * CM), total = rows * NGROUPS;
   u32 each = total / clusters, rest = total % clusters;   // the first `rest` clusters do one more
-  return {STATIONARY ? c * each + min(c, rest) : c, each + (c < rest), STATIONARY ? 1 : clusters,
-          rows};
+  if (!STATIONARY) return {c, each + (c < rest), clusters, rows};
+  u32 sharing = clusters / NGROUPS;     // clusters of each column tile; these are at the same rows
+  if (sharing == 0) return {c * each + min(c, rest), each + (c < rest), 1, rows};
+  u32 n = c / sharing, at = c % sharing;
+  each = rows / sharing, rest = rows % sharing;
+  return {n * rows + at * each + min(at, rest), n < NGROUPS ? each + (at < rest) : 0, 1, rows};
 }
 
 // ---- epilogue ----------------------------------------------------------------------------------
@@ -230,51 +234,48 @@ __device__ __forceinline__ void receive(float (&factor)[2], const float (&square
   }
 }
 
-// Group g of a tile's columns is written. inner: the sums of (gate up)² so far, of both rows.
-__device__ __forceinline__ void epilogue(int g, const float (&d)[VALUES], const Held& o,
+// Group g of a tile's columns, of one of both rows, is written. inner: the sums of (gate up)² so far.
+__device__ __forceinline__ void epilogue(int g, int half, const float (&d)[VALUES], const Held& o,
                                          const float (&factor)[2], const float (&scale)[2],
                                          const float (&slope)[2], float (&inner)[2], bf16* out,
                                          bf16* wide, u32 row, u32 column, u32 M) {
+  u32 r = row + 8 * half;
+  bool inside = r < M;
+  u64 at = (u64)r * COLUMNS + column + 32 * g;
+  e4m3* small = (e4m3*)(EPILOGUE == NORM ? wide : out) + at;
+  bf16* wide_to = wide + at + (u64)r * COLUMNS;
+  float v[8], a[8], b[8];
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    u32 r = row + 8 * half;
-    bool inside = r < M;
-    u64 at = (u64)r * COLUMNS + column + 32 * g;
-    e4m3* small = (e4m3*)(EPILOGUE == NORM ? wide : out) + at;
-    bf16* wide_to = wide + at + (u64)r * COLUMNS;
-    float v[8], a[8], b[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      float x = DEFERRED ? get(o.v[0][half][g], i) : d[index(half, g, i)];
-      if (GATED) {
-        a[i] = x;
-        b[i] = DEFERRED ? get(o.v[PARTS - 1][half][g], i)
-                        : d[(VALUES / 2 + index(half, g, i)) % VALUES];
-        v[i] = a[i] * (RESULT8 ? sigmoid_fast(a[i]) : sigmoid(a[i])) * b[i];
-        if (NORMED) inner[half] += a[i] * b[i] * (a[i] * b[i]);
-      } else if (EPILOGUE == DSWIGLU) {
-        float gate = get(o.v[0][half][g], i), up = get(o.v[PARTS - 1][half][g], i);
-        float s = sigmoid(gate), silu = gate * s;
-        if (NORMED) x *= scale[half];
-        v[i] = silu * up * (NORMED ? scale[half] : 1);
-        a[i] = x * up * (s + silu * (1 - s));  // d silu / d gate = s (1 + gate (1 - s))
-        b[i] = x * silu;
-        if (NORMED) {  // through the factor
-          a[i] += slope[half] * gate * up * up;
-          b[i] += slope[half] * gate * gate * up;
-        }
-      } else {
-        v[i] = EPILOGUE == NORM ? x * factor[half] : x;
+  for (int i = 0; i < 8; i++) {
+    float x = DEFERRED ? get(o.v[0][half][g], i) : d[index(half, g, i)];
+    if (GATED) {
+      a[i] = x;
+      b[i] = DEFERRED ? get(o.v[PARTS - 1][half][g], i)
+                      : d[(VALUES / 2 + index(half, g, i)) % VALUES];
+      v[i] = a[i] * (RESULT8 ? sigmoid_fast(a[i]) : sigmoid(a[i])) * b[i];
+      if (NORMED) inner[half] += a[i] * b[i] * (a[i] * b[i]);
+    } else if (EPILOGUE == DSWIGLU) {
+      float gate = get(o.v[0][half][g], i), up = get(o.v[PARTS - 1][half][g], i);
+      float s = sigmoid(gate), silu = gate * s;
+      if (NORMED) x *= scale[half];
+      v[i] = silu * up * (NORMED ? scale[half] : 1);
+      a[i] = x * up * (s + silu * (1 - s));  // d silu / d gate = s (1 + gate (1 - s))
+      b[i] = x * silu;
+      if (NORMED) {  // through the factor
+        a[i] += slope[half] * gate * up * up;
+        b[i] += slope[half] * gate * gate * up;
       }
+    } else {
+      v[i] = EPILOGUE == NORM ? x * factor[half] : x;
     }
-    if (!inside) continue;
-    if (RESULT8) store8(small, round8_e4m3(v));
-    if (DEFERRED && !GATED && EPILOGUE != NORM) store8(out + at, o.v[0][half][g]);
-    else if (!RESULT8 || EPILOGUE == NORM) store8(out + at, round8(v));
-    if (EPILOGUE == SWIGLU_SAVE || EPILOGUE == DSWIGLU) {
-      store8(wide_to, DEFERRED ? o.v[0][half][g] : round8(a));
-      store8(wide_to + COLUMNS, DEFERRED ? o.v[PARTS - 1][half][g] : round8(b));
-    }
+  }
+  if (!inside) return;
+  if (RESULT8) store8(small, round8_e4m3(v));
+  if (DEFERRED && !GATED && EPILOGUE != NORM) store8(out + at, o.v[0][half][g]);
+  else if (!RESULT8 || EPILOGUE == NORM) store8(out + at, round8(v));
+  if (EPILOGUE == SWIGLU_SAVE || EPILOGUE == DSWIGLU) {
+    store8(wide_to, DEFERRED ? o.v[0][half][g] : round8(a));
+    store8(wide_to + COLUMNS, DEFERRED ? o.v[PARTS - 1][half][g] : round8(b));
   }
 }
 
@@ -378,17 +379,26 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       row = (m * CM + cm) * BM + within;
       column = (n * CN + cn) * OUT + lane % 4 * 8;
     };
-    auto finish = [&](int g) {  // group g of that tile
-      if (EPILOGUE == NORM && g == 0) {
-        receive(factor, squares, s, group, due, within, eps);
-        if (factors && due_column == 0)
-          for (int half = 0; half < 2; half++)
-            if (due_row + 8 * half < M) factors[due_row + 8 * half] = factor[half];
-      }
-      if (g == 0) inner[0] = inner[1] = 0;
-      epilogue(g, d, held, factor, scale, slope, inner, out, wide, due_row, due_column, M);
-      if (NORMED && GATED && g == GROUPS - 1)
+    auto begin = [&] {  // that tile's epilogue
+      inner[0] = inner[1] = 0;
+      if (EPILOGUE != NORM) return;
+      receive(factor, squares, s, group, due, within, eps);
+      if (factors && due_column == 0)
+        for (int half = 0; half < 2; half++)
+          if (due_row + 8 * half < M) factors[due_row + 8 * half] = factor[half];
+    };
+    auto write = [&](int g, int half) {
+      epilogue(g, half, d, held, factor, scale, slope, inner, out, wide, due_row, due_column, M);
+    };
+    auto end = [&] {
+      if (NORMED && GATED)
         write_squares(inner, factors + (u64)(due_column / OUT) * M, due_row, M);
+    };
+    auto finish = [&](int g) {  // group g of it, put off
+      if (g == 0) begin();
+      write(g, 0);
+      write(g, 1);
+      if (g == GROUPS - 1) end();
     };
     if (READS && DEFERRED && tiles.count) {
       int n;
@@ -418,7 +428,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       // full before this warpgroup may wait for its own.
       if (STATIONARY) barrier_wait(&s.turn[group], (i / WGS & 1) ^ (group == 0));
       if (SKEW && i == 0 && group > 0) barrier_wait(&s.turn[group], 0);
-      auto start = [&](int kb) {  // block kb of the products
+      auto multiply = [&](int kb) {  // block kb of the products
         if (new_weights) barrier_wait(&s.weights_full[kb], (changes - 1) & 1);
         barrier_wait(&s.full[stage], phase);
         unsigned char* at = stages + stage * STAGE_BYTES;
@@ -429,8 +439,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         for (int k = 0; k < 4; k++) wgmma(d, a + 2 * k, b + 2 * k, kb | k);  // 32 bytes of a row
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       };
-      auto end = [&](int kb) {
-        if (kb > 0) {  // the block before this one is done: its stage may be overwritten
+      auto release = [&](int kb) {  // the block before it, which is done
+        if (kb > 0) {
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
           if (lane < CLUSTER) barrier_arrive(&s.empty[last], lane);
         }
@@ -442,24 +452,24 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       int kb = 0;
       if (DEFERRED) {
 #pragma unroll
-        for (; kb < FIRST; kb++) { start(kb); end(kb); }
+        for (; kb < FIRST; kb++) { multiply(kb); release(kb); }
 #pragma unroll
         for (; kb < LAST; kb++) {
-          start(kb);
+          multiply(kb);
           if (i > 0)
 #pragma unroll
             for (int g = (kb - FIRST) * EACH; g < min(GROUPS, (kb - FIRST + 1) * EACH); g++) {
               finish(g);
               if (READS) fetch(held, other, g, row, column, M);
             }
-          end(kb);
+          release(kb);
         }
       }
       Angles angles;
       const u32 left = (n * CN + cn) * OUT;  // the tile's first column
       if (EPILOGUE == ROTARY && left < COLUMNS / 3 * 2) fetch(angles, scales, slopes, row, M);
 #pragma unroll 1
-      for (; kb < KB; kb++) { start(kb); end(kb); }
+      for (; kb < KB; kb++) { multiply(kb); release(kb); }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       if (lane < CLUSTER) barrier_arrive(&s.empty[last], lane);
       __syncwarp();  // and the compiler moves none of the epilogue before this
@@ -482,9 +492,12 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       if (EPILOGUE == RESIDUAL || EPILOGUE == NORM) residual(held, d, scale, squares);
       else if (DEFERRED) hold(held, d);
       if (EPILOGUE == NORM) send(squares, s, group, i, within);
-      if (!DEFERRED)
+      if (!DEFERRED) {
+        begin();
 #pragma unroll
-        for (int g = 0; g < GROUPS; g++) finish(g);
+        for (int j = 0; j < 2 * GROUPS; j++) write(j % GROUPS, j / GROUPS);
+        end();
+      }
     }
     if (DEFERRED && tiles.count)
 #pragma unroll
