@@ -151,7 +151,7 @@ class _MLP(torch.autograd.Function):
 
 
 def cast_weights(gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """gate_up (2 J, K) and down (K, J) in `dtype`; with gradient, too, transposed and contiguous."""
+    """gate_up (2 J, K) and down (K, J) in `dtype`; with gradient, transposed ones besides."""
     halves = gate_up.detach().to(dtype), down.detach().to(dtype)
     return *halves, *(w.t().contiguous() for w in halves if torch.is_grad_enabled())
 
