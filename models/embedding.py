@@ -14,25 +14,32 @@ from models.config import ModelDims, ReasoningConfig
 from models.layers import truncated_normal
 
 
+def _lookup(ids_BL: Tensor, table: Tensor, prefix_BPD: Tensor | None) -> Tensor:
+    """[prefix | rows of the table]: (B, P + L, D)."""
+    x_BLD = F.embedding(ids_BL, table)
+    return x_BLD if prefix_BPD is None else torch.cat((prefix_BPD, x_BLD), dim=1)
+
+
 class _Lookup(torch.autograd.Function):
-    """Rows of a small table, whose gradient is a product with the one-hot ids.
+    """`_lookup` in a small table, whose gradient is a product with the one-hot ids.
 
     torch's own sums duplicates after a sort of the ids, or with atomics, whose order varies.
     """
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, table: Tensor) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.rows = table.shape[0]
-        return F.embedding(ids, table)
+    def forward(ctx: Any, ids_BL: Tensor, table: Tensor, prefix_BPD: Tensor | None) -> Tensor:
+        ctx.save_for_backward(ids_BL)
+        ctx.rows, ctx.prefix = table.shape[0], 0 if prefix_BPD is None else prefix_BPD.shape[1]
+        return _lookup(ids_BL, table, prefix_BPD)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None]:
         (ids,) = ctx.saved_tensors
+        ids = F.pad(ids, (ctx.prefix, 0), value=-1)  # no row's: all of the gradient as it lies
         rows = -(-ctx.rows // 8) * 8  # aligned products
         one_hot = ids.reshape(-1, 1) == torch.arange(rows, device=ids.device, dtype=ids.dtype)
         total = one_hot.to(grad.dtype).t() @ grad.reshape(-1, grad.shape[-1])
-        return None, total[: ctx.rows]
+        return None, total[: ctx.rows], grad[:, : ctx.prefix] if ctx.prefix else None
 
 
 _SMALL_TABLE = 1024  # rows; the one-hot ids of a batch are this wide
@@ -77,15 +84,17 @@ class InputEmbedding(nn.Module):
         `puzzle_rows` (B, puzzle_emb_ndim), where present, stands in for the table's rows.
         """
         ids, table = batch["inputs"], self.tokens.to(self.dtype)
-        small = ids.is_cuda and table.shape[0] <= _SMALL_TABLE
-        x_BLD = _Lookup.apply(ids, table) if small else F.embedding(ids, table)
+        before = self.scale if self.positions is None else 1.0  # fewer numbers to scale than after
+        prefix = None
         if self.puzzles is not None:
             rows = batch.get("puzzle_rows")
             rows = self.puzzle_rows(batch["puzzle_ids"]) if rows is None else rows
-            width = x_BLD.shape[-1]
-            rows = F.pad(rows.to(self.dtype), (0, self.prefix_len * width - rows.shape[-1]))
-            x_BLD = torch.cat((rows.view(-1, self.prefix_len, width), x_BLD), dim=1)
-        if self.positions is not None:
-            # 1/sqrt(2) keeps the variance of the sum of two embeddings
-            x_BLD = math.sqrt(0.5) * (x_BLD + self.positions.to(self.dtype))
-        return self.scale * x_BLD
+            rows = rows.to(self.dtype)
+            rows = F.pad(rows, (0, self.prefix_len * table.shape[1] - rows.shape[-1]))
+            prefix = before * rows.view(-1, self.prefix_len, table.shape[1])
+        small = ids.is_cuda and table.shape[0] <= _SMALL_TABLE
+        x_BLD = (_Lookup.apply if small else _lookup)(ids, before * table, prefix)
+        if self.positions is None:
+            return x_BLD
+        # 1/sqrt(2) keeps the variance of the sum of two embeddings
+        return self.scale * (math.sqrt(0.5) * (x_BLD + self.positions.to(self.dtype)))

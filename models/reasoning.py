@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import chains
@@ -109,17 +110,27 @@ class ReasoningModel(nn.Module):
             schedule = self.schedule if self.training else self.full_schedule
         earlier: list[Tensor] = []
 
-        def read_out(values: State) -> None:
-            earlier.append(self.lm_head(values[self.config.states[0]][:, self.config.prefix_len :]))
-
         trained = self.training and self.config.loss.cycle_weight > 0
-        state = self.think(state, batch, schedule, read_out if trained else None)
-        answer = state[self.config.states[0]]
-        logits = self.lm_head(answer[:, self.config.prefix_len :])
-        q_logits = self.q_head(answer[:, 0])  # the first position also decides on halting
-        q_logits = q_logits.to(torch.float32)
+        keep = (lambda values: earlier.append(self.read_out(values)[0])) if trained else None
+        state = self.think(state, batch, schedule, keep)
+        logits, q_logits = self.read_out(state)
         detached = {k: v.detach() for k, v in state.items()}
         return StepOutput(detached, logits, q_logits, tuple(earlier))
+
+    def read_out(self, state: State) -> tuple[Tensor, Tensor]:
+        """Logits (B, L, vocab) and halting logits (B, 2) float32 of the answer (B, prefix + L, D).
+
+        One product for both heads and all positions: nothing of the answer is copied or cut out,
+        nor does its gradient have to be put together.
+        """
+        answer, vocab = state[self.config.states[0]], self.dims.vocab_size
+        weight = torch.cat((self.lm_head.weight, self.q_head.weight)).to(answer.dtype)
+        if answer.is_cuda:
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % 8))  # aligned products are faster
+        out = F.linear(answer, weight)
+        q_logits = out[:, 0, vocab : vocab + 2]  # the first position also decides on halting
+        q_logits = q_logits + self.q_head.bias.to(answer.dtype)
+        return out[:, self.config.prefix_len :, :vocab], q_logits.to(torch.float32)
 
     def think(
         self,

@@ -89,7 +89,7 @@ def test_dswiglu(rows, shape):
     h = F.silu(gate) * up
     h.backward(dy.double() @ w.double())
     d_wide, h_again = hopper.linear_dswiglu(dy, w.T.contiguous(), gate_up)
-    _close(d_wide, wide.grad)
+    _close(d_wide, wide.grad, roundings=2)  # dh is rounded, too
     _close(h_again, h.detach())
 
 

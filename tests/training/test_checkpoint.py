@@ -259,8 +259,10 @@ def test_a_nan_stops_the_run_with_the_last_good_checkpoint_named(tiny, monkeypat
 
     run = resolved(*tiny("checkpoint_interval=5"))
     trainer = Trainer(run)
-    hook = trainer.state.model.lm_head.register_forward_hook(
-        lambda m, i, out: out * float("nan") if trainer.state.step >= 7 else out
+    hook = trainer.state.model.register_forward_hook(
+        lambda m, i, out: (
+            out._replace(logits=out.logits * float("nan")) if trainer.state.step >= 7 else out
+        )
     )
     with pytest.raises(TrainingFailed, match=r"last good checkpoint is .*step_00000005"):
         trainer.fit()

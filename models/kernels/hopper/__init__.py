@@ -62,7 +62,7 @@ class Plan:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block: W, the stages, barriers, alignment, sums of squares."""
-        weights = (1 if self.eight else 2) * self.bn * self.k if self.stationary else 0
+        weights = self.bn * self.k if self.stationary else 0  # in 8 bits
         small = 1536 + 8 * (self.k // 64) + 8 * self.cn * self.rows
         return weights + self.stages * self.stage_bytes + small
 
@@ -81,11 +81,9 @@ def plan(
     p = Plan(epilogue, k, columns, 256, False, 0, 2, 1, normed, period, eight, result8)
     if eight and k <= 512 and epilogue != NORM:
         p = replace(p, stationary=True, cm=1)
-    if epilogue == DSWIGLU:  # gate and up take the registers of the other half of 256 columns
-        p = replace(p, bn=128)
-        if k <= 512:
-            p = replace(p, stationary=True, cm=1, cn=2 if columns % 256 == 0 else 1)
-    elif columns % p.out:
+    if epilogue == DSWIGLU and columns % 192 == 0:  # gate and up take registers, too
+        p = replace(p, bn=192)
+    elif columns % p.out or epilogue == DSWIGLU:
         p = replace(p, bn=128)
     if epilogue == NORM:
         p = replace(p, cm=1, cn=columns // p.bn)
@@ -241,8 +239,8 @@ def linear_dswiglu(
     dy (..., N), w_t (I, N) = wᵀ contiguous, gate_up (..., 2 I) → (..., 2 I), (..., I). With
     dh = dy w: d up = dh silu(gate), d gate = dh up silu'(gate), h = silu(gate) up.
 
-    With `scales` and `slopes`, (...) float32, the same of h' = scale h, where the scale depends on
-    gate ⊙ up so that d (gate ⊙ up) gets slope · gate ⊙ up besides.
+    dh is rounded on the way. With `scales` and `slopes`, (...) float32, the same of h' = scale h,
+    where the scale depends on gate ⊙ up so that d (gate ⊙ up) gets slope · gate ⊙ up besides.
     """
     wide = gate_up.new_empty(gate_up.shape)
     h = dy.new_empty(*dy.shape[:-1], w_t.shape[0])

@@ -4,12 +4,15 @@
 // One warpgroup loads tiles of x and W by TMA, the other two multiply (wgmma) and write the result.
 // Thread blocks stay resident and walk over the tiles. Two schedules, chosen at compile time:
 //
-//   streaming: x and W come through a ring of stages; the warpgroups share a tile of 128 rows.
-//   STATIONARY (K up to 512): the block keeps its BN rows of W for the whole of K in shared memory
-//     and streams tiles of 64 rows of x past them. Each multiplying warpgroup owns whole tiles in
-//     turn, so that one's epilogue hides behind the others' products: for epilogues that are bound
-//     by the memory, and all but NORM in 8 bits. For the others BN = 256, which has no room for
-//     this in bf16, is faster.
+//   streaming: x and W come through a ring of stages; the warpgroups share a tile of 128 rows. At
+//     its end they keep the sums, rounded to bf16, and go on with the next tile; what is left of the
+//     epilogue is done in groups of columns beside those products, while the tensor cores are busy.
+//   STATIONARY (EIGHT, K up to 512): the block keeps its BN rows of W for the whole of K in shared
+//     memory and streams tiles of 64 rows of x past them. Each multiplying warpgroup owns whole
+//     tiles in turn, so that one's epilogue hides behind the other's products. Not for NORM.
+//
+// On a card that draws all the power it may, what counts is energy: bf16 with W at rest (BN = 192)
+// moves a third of the bytes out of the L2 and takes longer.
 //
 // A cluster is CM × CN blocks: those in a row of it share the tile of x, those in a column share
 // the tile of W; each loads its part and multicasts it to the others.
@@ -36,7 +39,7 @@
 #define ROTARY 6       // W = [q | k | v]: out = x Wᵀ with q and k rotated by cos = scales and
                        // sin = slopes, and q times eps; see `rotate`
 
-#define READS (EPILOGUE >= DSWIGLU && EPILOGUE <= NORM)  // the epilogue has another operand
+#define ADDS (EPILOGUE == RESIDUAL || EPILOGUE == NORM)  // to another operand
 #define GATED (EPILOGUE == SWIGLU || EPILOGUE == SWIGLU_SAVE)
 constexpr int WGS = 2;                         // multiplying warpgroups
 constexpr int BK = EIGHT ? 128 : 64;           // 128 bytes: the width of a swizzled row
@@ -48,14 +51,14 @@ constexpr int A_BYTES = BM * 128, B_BYTES = BN * 128;
 constexpr int STAGE_BYTES = A_BYTES + (STATIONARY ? 0 : B_BYTES);
 constexpr int NGROUPS = COLUMNS / OUT / CN;    // tiles of the result in a row of it, in clusters
 constexpr int VALUES = BN / 2;                 // accumulators of a thread
-constexpr int PARTS = EPILOGUE == DSWIGLU || GATED ? 2 : 1;  // of what is held: gate and up
+constexpr int PARTS = GATED ? 2 : 1;           // of what is held: gate and up
 constexpr int GROUPS = OUT / 32;               // of columns, which the epilogue does one by one
 // A deferred epilogue is done beside the next tile's products: from its block FIRST, when the sums
 // of the other thread blocks have come, EACH groups a block, to its block LAST.
-constexpr bool DEFERRED = !STATIONARY && EPILOGUE != DSWIGLU;
-constexpr int FIRST = KB > 2 ? 2 : KB - 1;
+constexpr bool DEFERRED = !STATIONARY;
+constexpr int FIRST = KB > 2 && EPILOGUE != DSWIGLU ? 2 : KB > 1 ? 1 : 0;
 constexpr int EVENLY = (GROUPS + KB - FIRST - 1) / (KB - FIRST);
-constexpr int EACH = EVENLY < 2 ? 2 : EVENLY;  // fewer would take more registers
+constexpr int EACH = EVENLY < 2 && EPILOGUE != DSWIGLU ? 2 : EVENLY;  // one takes more registers
 constexpr int LAST = FIRST + (GROUPS + EACH - 1) / EACH;
 // At first the second warpgroup stays this many blocks behind the first, so that they do not both
 // come to the end of a tile at once; where that waits for operands it does not pay.
@@ -100,6 +103,8 @@ struct Held {
   Eight v[PARTS][2][GROUPS];
 };
 
+struct GateUp { Eight v[2][2]; };  // of both rows, 8 columns each
+
 // Group g of `other`. row: of this thread's first accumulators (the others are 8 below); column: of
 // its first eight.
 __device__ __forceinline__ void fetch(Held& o, const bf16* other, int g, u32 row, u32 column,
@@ -107,9 +112,18 @@ __device__ __forceinline__ void fetch(Held& o, const bf16* other, int g, u32 row
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     u64 r = min(row + 8 * half, M - 1);  // rows past the end are read but not written
+    o.v[0][half][g] = load8(other + r * COLUMNS + column + 32 * g);
+  }
+}
+
+__device__ __forceinline__ void fetch(GateUp& o, const bf16* other, int g, u32 row, u32 column,
+                                      u32 M) {
 #pragma unroll
-    for (int p = 0; p < PARTS; p++)
-      o.v[p][half][g] = load8(other + r * (PARTS * COLUMNS) + p * COLUMNS + column + 32 * g);
+  for (int half = 0; half < 2; half++) {
+    u64 r = min(row + 8 * half, M - 1);
+#pragma unroll
+    for (int p = 0; p < 2; p++)
+      o.v[p][half] = load8(other + r * (2 * COLUMNS) + p * COLUMNS + column + 32 * g);
   }
 }
 
@@ -236,6 +250,7 @@ __device__ __forceinline__ void receive(float (&factor)[2], const float (&square
 
 // Group g of a tile's columns, of one of both rows, is written. inner: the sums of (gate up)² so far.
 __device__ __forceinline__ void epilogue(int g, int half, const float (&d)[VALUES], const Held& o,
+                                         const GateUp& saved,
                                          const float (&factor)[2], const float (&scale)[2],
                                          const float (&slope)[2], float (&inner)[2], bf16* out,
                                          bf16* wide, u32 row, u32 column, u32 M) {
@@ -255,7 +270,7 @@ __device__ __forceinline__ void epilogue(int g, int half, const float (&d)[VALUE
       v[i] = a[i] * (RESULT8 ? sigmoid_fast(a[i]) : sigmoid(a[i])) * b[i];
       if (NORMED) inner[half] += a[i] * b[i] * (a[i] * b[i]);
     } else if (EPILOGUE == DSWIGLU) {
-      float gate = get(o.v[0][half][g], i), up = get(o.v[PARTS - 1][half][g], i);
+      float gate = get(saved.v[0][half], i), up = get(saved.v[1][half], i);
       float s = sigmoid(gate), silu = gate * s;
       if (NORMED) x *= scale[half];
       v[i] = silu * up * (NORMED ? scale[half] : 1);
@@ -271,11 +286,13 @@ __device__ __forceinline__ void epilogue(int g, int half, const float (&d)[VALUE
   }
   if (!inside) return;
   if (RESULT8) store8(small, round8_e4m3(v));
-  if (DEFERRED && !GATED && EPILOGUE != NORM) store8(out + at, o.v[0][half][g]);
+  if (DEFERRED && (EPILOGUE == PLAIN || EPILOGUE == RESIDUAL || EPILOGUE == ROTARY))
+    store8(out + at, o.v[0][half][g]);
   else if (!RESULT8 || EPILOGUE == NORM) store8(out + at, round8(v));
   if (EPILOGUE == SWIGLU_SAVE || EPILOGUE == DSWIGLU) {
-    store8(wide_to, DEFERRED ? o.v[0][half][g] : round8(a));
-    store8(wide_to + COLUMNS, DEFERRED ? o.v[PARTS - 1][half][g] : round8(b));
+    const bool held = EPILOGUE == SWIGLU_SAVE && DEFERRED;
+    store8(wide_to, held ? o.v[0][half][g] : round8(a));
+    store8(wide_to + COLUMNS, held ? o.v[PARTS - 1][half][g] : round8(b));
   }
 }
 
@@ -370,6 +387,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       weights = n;
     };
     Held held;
+    GateUp saved[2];  // of the groups that come next
     float d[VALUES], squares[2], factor[2], inner[2], scale[2] = {1, 1}, slope[2] = {0, 0};
     const u32 within = (STATIONARY ? 0 : 64 * group) + warp * 16 + lane / 4;  // row in a tile
     u32 due = 0, due_row = 0, due_column = 0;  // the tile whose epilogue comes next
@@ -381,6 +399,12 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     };
     auto begin = [&] {  // that tile's epilogue
       inner[0] = inner[1] = 0;
+      if (NORMED && EPILOGUE == DSWIGLU)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          scale[half] = scales[min(due_row + 8 * half, M - 1)];
+          slope[half] = slopes[min(due_row + 8 * half, M - 1)];
+        }
       if (EPILOGUE != NORM) return;
       receive(factor, squares, s, group, due, within, eps);
       if (factors && due_column == 0)
@@ -388,19 +412,25 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           if (due_row + 8 * half < M) factors[due_row + 8 * half] = factor[half];
     };
     auto write = [&](int g, int half) {
-      epilogue(g, half, d, held, factor, scale, slope, inner, out, wide, due_row, due_column, M);
+      epilogue(g, half, d, held, saved[g % 2], factor, scale, slope, inner, out, wide, due_row,
+               due_column, M);
     };
     auto end = [&] {
       if (NORMED && GATED)
         write_squares(inner, factors + (u64)(due_column / OUT) * M, due_row, M);
     };
+    auto prepare = [&](int g) {
+      if (EPILOGUE == DSWIGLU && g < GROUPS)
+        fetch(saved[g % 2], other, g, due_row, due_column, M);
+    };
     auto finish = [&](int g) {  // group g of it, put off
       if (g == 0) begin();
       write(g, 0);
       write(g, 1);
+      prepare(g + 2);
       if (g == GROUPS - 1) end();
     };
-    if (READS && DEFERRED && tiles.count) {
+    if (ADDS && tiles.count) {
       int n;
       u32 row, column;
       place(0, n, row, column);
@@ -413,15 +443,9 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       place(i, n, row, column);
       bool new_weights = STATIONARY && n != weights;
       if (new_weights) move_to(n);
-      if (READS && !DEFERRED)
+      if (NORMED && ADDS)
 #pragma unroll
-        for (int g = 0; g < GROUPS; g++) fetch(held, other, g, row, column, M);
-      if (NORMED && READS)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          scale[half] = scales[min(row + 8 * half, M - 1)];
-          if (EPILOGUE == DSWIGLU) slope[half] = slopes[min(row + 8 * half, M - 1)];
-        }
+        for (int half = 0; half < 2; half++) scale[half] = scales[min(row + 8 * half, M - 1)];
 
       u32 stage = i * KB % STAGES, phase = i * KB / STAGES & 1, last = 0;
       // Only a parity tells the uses of a stage apart: those of the tile before must have come
@@ -460,7 +484,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #pragma unroll
             for (int g = (kb - FIRST) * EACH; g < min(GROUPS, (kb - FIRST + 1) * EACH); g++) {
               finish(g);
-              if (READS) fetch(held, other, g, row, column, M);
+              if (ADDS) fetch(held, other, g, row, column, M);
             }
           release(kb);
         }
@@ -477,7 +501,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       for (int j = 0; j < VALUES; j++) asm volatile("" : "+f"(d[j])::"memory");
       if (EIGHT) {
         const float by = *unit;
-        if (EPILOGUE == RESIDUAL || EPILOGUE == NORM) {
+        if (ADDS) {
           scale[0] = NORMED ? scale[0] * by : by;
           scale[1] = NORMED ? scale[1] * by : by;
         } else {
@@ -489,7 +513,9 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       due = i;
       due_row = row;
       due_column = column;
-      if (EPILOGUE == RESIDUAL || EPILOGUE == NORM) residual(held, d, scale, squares);
+      prepare(0);
+      prepare(1);
+      if (ADDS) residual(held, d, scale, squares);
       else if (DEFERRED) hold(held, d);
       if (EPILOGUE == NORM) send(squares, s, group, i, within);
       if (!DEFERRED) {
