@@ -94,7 +94,9 @@ def steps(
     for step in range(count):
         hook = None
         if nan_at == (ranks.rank, step):
-            hook = state.model.lm_head.register_forward_hook(lambda m, i, out: out * float("nan"))
+            hook = state.model.register_forward_hook(
+                lambda m, i, out: out._replace(logits=out.logits * float("nan"))
+            )
         train_step(state, run.config, run.total_steps)
         if hook is not None:
             hook.remove()

@@ -277,6 +277,8 @@ def test_a_nan_before_any_checkpoint_is_said_too(tiny, monkeypatch):
     part = train(monkeypatch, *tiny("checkpoint_interval=5", "run_name=part"), crash_before=8)
     run = resolved(f"load_checkpoint={part}", "run_name=fork", "log_interval=1")
     trainer = Trainer(run)
-    trainer.state.model.lm_head.register_forward_hook(lambda m, i, out: out * float("nan"))
+    trainer.state.model.register_forward_hook(
+        lambda m, i, out: out._replace(logits=out.logits * float("nan"))
+    )
     with pytest.raises(TrainingFailed, match=r"last good checkpoint is none"):
         trainer.fit()
