@@ -104,7 +104,10 @@ def test_swiglu(rows, shape, scale):
     same, parts = eight.linear_swiglu(x, w, unit * scale, squares=True)
     assert torch.equal(same.view(torch.uint8), h.view(torch.uint8))
     torch.testing.assert_close(
-        parts.sum(0).double(), (gate * up).square().sum(-1), rtol=1e-2, atol=0  # of rounded ones
+        parts.sum(0).double(),
+        (gate * up).square().sum(-1),
+        rtol=1e-2,
+        atol=0,  # of rounded ones
     )
 
 
