@@ -111,8 +111,8 @@ class ReasoningModel(nn.Module):
         earlier: list[Tensor] = []
 
         trained = self.training and self.config.loss.cycle_weight > 0
-        keep = (lambda values: earlier.append(self.read_out(values)[0])) if trained else None
-        state = self.think(state, batch, schedule, keep)
+        note = (lambda values: earlier.append(self.read_out(values)[0])) if trained else None
+        state = self.think(state, batch, schedule, note)
         logits, q_logits = self.read_out(state)
         detached = {k: v.detach() for k, v in state.items()}
         return StepOutput(detached, logits, q_logits, tuple(earlier))

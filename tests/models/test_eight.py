@@ -103,12 +103,9 @@ def test_swiglu(rows, shape, scale):
     close_in_eight(h, F.silu(gate) * up, slack)
     same, parts = eight.linear_swiglu(x, w, unit * scale, squares=True)
     assert torch.equal(same.view(torch.uint8), h.view(torch.uint8))
-    torch.testing.assert_close(
-        parts.sum(0).double(),
-        (gate * up).square().sum(-1),
-        rtol=1e-2,
-        atol=0,  # of rounded ones
-    )
+    rtol = 2e-3 if k <= 512 else 1e-2  # where W streams, of gate and up rounded to bfloat16
+    expected = (gate * up).square().sum(-1)
+    torch.testing.assert_close(parts.sum(0).double(), expected, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("length", (129, 916))

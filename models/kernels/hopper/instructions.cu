@@ -90,7 +90,7 @@ __device__ __forceinline__ float sigmoid_fast(float x) {
   return 0.5f * tanh_approx(0.5f * x) + 0.5f;
 }
 
-// 1 / (1 + exp(-x)): relative error under 2⁻²⁰, bf16 rounds at 2⁻⁹.
+// 1 / (1 + exp(-x)): relative error under 2⁻²⁰, bf16 rounds at 2⁻⁸.
 __device__ __forceinline__ float sigmoid(float x) {
   float e, r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
